@@ -1,0 +1,34 @@
+"""Methods of the bus itself that we call, and how such a method is written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A method of another service, and the signatures of what it takes and gives."""
+
+    destination: str
+    path: str
+    interface: str
+    member: str
+    takes: str
+    gives: str
+
+
+def _of_bus(member: str, takes: str, gives: str, interface: str = "") -> Remote:
+    name = "org.freedesktop.DBus"
+    return Remote(name, "/org/freedesktop/DBus", name + interface, member, takes, gives)
+
+
+BUS = "org.freedesktop.DBus"
+REQUEST_NAME = _of_bus("RequestName", "su", "u")
+CONNECTION_USER = _of_bus("GetConnectionUnixUser", "s", "u")
+ADD_MATCH = _of_bus("AddMatch", "s", "")
+REMOVE_MATCH = _of_bus("RemoveMatch", "s", "")
+PING = _of_bus("Ping", "", "", ".Peer")
+LEAVING = (
+    "type='signal',sender='org.freedesktop.DBus',path='/org/freedesktop/DBus',"
+    "interface='org.freedesktop.DBus',member='NameOwnerChanged',arg2=''"
+)

@@ -1,0 +1,115 @@
+"""The command line: what can be said, and how an outcome becomes an exit status and a message.
+
+What the commands do is in cli_commands, loaded only when one runs: `--help` and `--version` need
+no D-Bus library, and `daemon` is none of the client's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+
+from snapd_vm import __version__, cli_text
+
+# The contract's numbers, repeated here as the client imports nothing of the daemon's.
+QUIESCE_REQUIRED = 1
+NO_QUIESCE = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line, the daemon's too."""
+    top = argparse.ArgumentParser(
+        prog="snapd-vm",
+        description="Consistent, immutable snapshots of single disks of running virtual machines.",
+        epilog="All but 'daemon' are clients of the service on the system bus. See snapd-vm(1).",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"snapd-vm {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text + ".", allow_abbrev=False)
+
+    for name, text in (
+        ("create", "make a snapshot of one disk"),
+        ("plan", "say what create would do, after the same checks, and change nothing"),
+    ):
+        sub = command(name, text)
+        sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
+        sub.add_argument("disk", metavar="DISK", help="a target such as vda, or a <disk> element")
+        sub.add_argument("--name", default="", help="a label (default: made from the UTC time)")
+        sub.add_argument(
+            "--method",
+            default="",
+            help="a method's name, a <diskSnapshot> element, or - to read one from standard input",
+        )
+        _add_quiesce(sub)
+        _add_json(sub)
+    sub = command("list", "list snapshots")
+    sub.add_argument("domain", metavar="DOMAIN", nargs="?", help="only those of this domain")
+    _add_json(sub)
+    sub = command("disks", "list a domain's disks and the method that create would use for each")
+    sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
+    _add_json(sub)
+    _add_json(command("methods", "list the snapshot methods of the service"))
+
+    sub = command("daemon", "run the service")
+    sub.add_argument("--config", metavar="FILE", help="default: /etc/snapd-vm/snapd-vm.toml")
+    sub.add_argument(
+        "--thaw-held",
+        action="store_true",
+        help="do not serve: thaw and resume the guests that a daemon which ended left held",
+    )
+    # For the shell completion; without a help it is not listed, and it is no promise.
+    sub = commands.add_parser("complete")
+    sub.add_argument("what", choices=("domains", "disks"))
+    sub.add_argument("domain", nargs="?", default="")
+    return top
+
+
+def _add_quiesce(command: argparse.ArgumentParser) -> None:
+    quiesce = command.add_mutually_exclusive_group()
+    for option, flag, text in (
+        ("--quiesce-required", QUIESCE_REQUIRED, "fail if the guest agent does not quiesce it"),
+        ("--no-quiesce", NO_QUIESCE, "do not try to quiesce the guest (default: try)"),
+    ):
+        quiesce.add_argument(
+            option, action="store_const", dest="flags", const=flag, default=0, help=text
+        )
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a client's command as parsed; returns the exit status (0, 1, 2, 130)."""
+    from snapd_vm import cli_commands
+    from snapd_vm.cli_bus import CallError
+
+    try:
+        sys.stdout.write(asyncio.run(cli_commands.run(options)))
+        sys.stdout.flush()
+    except cli_commands.UsageError as error:
+        return _complain(str(error), 2)
+    except CallError as error:
+        # Completion has no place for a message: it completes nothing.
+        return 1 if options.command == "complete" else _complain(str(error), 1)
+    except KeyboardInterrupt:
+        if options.command != "create":
+            return _complain("Interrupted.", 130)
+        return _complain(
+            "Interrupted; the service goes on with what it began: see 'snapd-vm list'.", 130
+        )
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python would complain once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _complain(message: str, status: int) -> int:
+    sys.stderr.write(f"snapd-vm: error: {cli_text.printable(message)}\n")
+    return status

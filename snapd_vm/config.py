@@ -1,0 +1,121 @@
+"""Reads the daemon's one TOML file; knows every key and its default, and refuses the others."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from urllib.parse import urlsplit
+
+DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; the message names the file and the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuConfig:
+    """The table `[qemu]`.
+
+    `overlay_dirs`: absolute folders, besides a disk's own, in which overlays may be made; the first
+    one is used for a disk whose own folder can't hold one (a block device).
+    """
+
+    overlay_dirs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the daemon can be told; times in seconds.
+
+    `agent_timeout_s`: an agent that does not answer in this time is not there.
+    `freeze_timeout_s`: limit of the freeze command itself.
+    `frozen_limit_s`: longest time between freeze and thaw.
+    `lock_timeout_s`: how long a writing call waits for another one on the same domain.
+    """
+
+    uri: str = "qemu:///system"
+    state_dir: Path = Path("/var/lib/snapd-vm")
+    agent_timeout_s: int = 5
+    freeze_timeout_s: int = 10
+    frozen_limit_s: int = 10
+    lock_timeout_s: int = 30
+    qemu: QemuConfig = field(default_factory=QemuConfig)
+
+
+def load(path: Path | None) -> Config:
+    """The configuration in `path`, or in the default place; no file there means the defaults.
+
+    Raises ConfigError for a named file that can't be read, for TOML that can't be parsed, for an
+    unknown key and for a value of the wrong kind.
+    """
+    try:
+        with (path or DEFAULT_PATH).open("rb") as file:
+            document = tomllib.load(file)
+    except FileNotFoundError:
+        if path is None:
+            return Config()
+        raise ConfigError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path or DEFAULT_PATH}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path or DEFAULT_PATH}: {error}") from error
+    try:
+        return parse(document)
+    except ConfigError as error:
+        raise ConfigError(f"{path or DEFAULT_PATH}: {error}") from None
+
+
+def parse(document: Mapping[str, object]) -> Config:
+    """The configuration that a parsed TOML document says. Raises ConfigError."""
+    known = {f.name for f in fields(Config)}
+    for key in document:
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}'")
+    values: dict[str, object] = {}
+    for key, value in document.items():
+        if key == "qemu":
+            values[key] = _qemu(value)
+        elif key == "uri":
+            values[key] = _uri(value)
+        elif key == "state_dir":
+            values[key] = Path(_absolute(key, value))
+        else:
+            values[key] = _seconds(key, value)
+    return Config(**values)  # type: ignore[arg-type]  # each value was checked under its key above
+
+
+def _qemu(table: object) -> QemuConfig:
+    if not isinstance(table, dict):
+        raise ConfigError("'qemu' must be a table")
+    for key in table:
+        if key != "overlay_dirs":
+            raise ConfigError(f"unknown key 'qemu.{key}'")
+    dirs = table.get("overlay_dirs", [])
+    if not isinstance(dirs, list):
+        raise ConfigError("'qemu.overlay_dirs' must be a list of absolute paths")
+    return QemuConfig(tuple(_absolute("qemu.overlay_dirs", d) for d in dirs))
+
+
+def _uri(value: object) -> str:
+    if not isinstance(value, str) or not urlsplit(value).scheme:
+        raise ConfigError("'uri' must be a libvirt URI such as 'qemu:///system'")
+    if urlsplit(value).netloc:
+        # Overlays are made and headers read here, so the domains must be here as well.
+        raise ConfigError("'uri' must name the libvirt of this host, without a host name")
+    return value
+
+
+def _absolute(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise ConfigError(f"'{key}' must be an absolute path")
+    return value
+
+
+def _seconds(key: str, value: object) -> int:
+    # libvirt's response timeout counts in whole seconds (virDomainAgentSetResponseTimeout).
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 3600:
+        raise ConfigError(f"'{key}' must be a whole number of seconds from 1 to 3600")
+    return value

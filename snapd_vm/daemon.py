@@ -1,0 +1,160 @@
+"""Wires the daemon together and runs it; also the release of held guests after a crash.
+
+What it says to systemd: READY once recovery is done and the name is held, WATCHDOG from the event
+loop while it turns, STOPPING when asked to end (sd_notify(3)).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from snapd_vm import __version__, config, journald
+from snapd_vm.bus.connection import CallFailed, ConnectionLost, NameTaken
+from snapd_vm.bus.served import DiskSnapshotBus
+from snapd_vm.config import Config
+from snapd_vm.engine import recovery
+from snapd_vm.engine.engine import Engine
+from snapd_vm.engine.journal import Journal, Step
+from snapd_vm.engine.world import World
+from snapd_vm.errors import SnapdError
+from snapd_vm.methods.method import Method
+from snapd_vm.methods.qemu import Qemu
+from snapd_vm.virt.connection import ConnectionPool
+from snapd_vm.virt.hypervisor import Hypervisor
+from snapd_vm.virt.inventory import Inventory
+
+log = logging.getLogger(__name__)
+
+_RECOVERY_LIMIT_S = 20.0
+_STOP_LIMIT_S = 60.0
+_THAW_LIMIT_S = 30.0
+_THREADS = 64
+
+MethodTable = Callable[[Config, Hypervisor], Mapping[str, Method]]
+
+
+def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method]:
+    """The methods of this daemon, in the order in which a default is looked for."""
+    qemu = Qemu(hypervisor, settings.qemu.overlay_dirs)
+    return {qemu.name: qemu}
+
+
+def run(config_path: str | None) -> int:
+    """Run the daemon until SIGTERM or SIGINT; the exit status."""
+    journald.set_up()
+    try:
+        settings = config.load(Path(config_path) if config_path else None)
+        journal = Journal(settings.state_dir)
+    except (config.ConfigError, SnapdError) as error:
+        log.critical("%s", error)
+        return 1
+    try:
+        return asyncio.run(serve(settings, journal))
+    finally:
+        journal.close()
+
+
+async def serve(
+    settings: Config,
+    journal: Journal,
+    methods: MethodTable = built_in_methods,
+    reach: Callable[[Step], None] = lambda _step: None,
+) -> int:
+    """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="work")
+    pool = ConnectionPool(settings.uri)
+    engine: Engine
+    hypervisor = Hypervisor(pool, lambda: list(engine.domains.values()))
+    world = World(settings, hypervisor, methods(settings, hypervisor), journal, executor, reach)
+    engine = Engine(world, settings.uri)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    bus = DiskSnapshotBus()
+    try:
+        await bus.connect()
+        await engine.start(Inventory(settings.uri, pool, executor, engine), _RECOVERY_LIMIT_S)
+        bus.serve(engine, __version__)
+        await bus.take_name()
+    except (CallFailed, ConnectionLost, NameTaken, OSError) as error:
+        log.critical("%s", error)
+        await engine.close(0)
+        return 1
+    _notify("READY=1")
+    log.info("serving on the system bus, version %s", __version__)
+    feeder = asyncio.create_task(_feed_watchdog())
+    lost = asyncio.create_task(bus.lost())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([lost, stopping], return_when=asyncio.FIRST_COMPLETED)
+    status = 0
+    if lost.done():
+        log.critical("the connection to the bus is lost: %s", lost.result())
+        status = 1
+    _notify("STOPPING=1")
+    stopping.cancel()
+    await bus.close(_STOP_LIMIT_S)
+    await engine.close(_STOP_LIMIT_S)
+    for task in (feeder, lost, stopping):
+        task.cancel()
+    await asyncio.gather(feeder, lost, stopping, return_exceptions=True)
+    executor.shutdown(wait=False, cancel_futures=True)
+    log.info("stopped")
+    return status
+
+
+def thaw_held(config_path: str | None) -> int:
+    """Thaw every guest that the journal says may be frozen; the exit status, 1 if one still is.
+
+    For ExecStopPost: it runs when the daemon is dead, and tries for a bounded time.
+    """
+    journald.set_up()
+    try:
+        settings = config.load(Path(config_path) if config_path else None)
+        if not (settings.state_dir / "journal.sqlite3").exists():
+            return 0
+        journal = Journal(settings.state_dir)
+    except (config.ConfigError, SnapdError) as error:
+        log.critical("%s", error)
+        return 1
+    pool = ConnectionPool(settings.uri)
+    hypervisor = Hypervisor(pool, list)
+    with ThreadPoolExecutor(1) as executor:
+        world = World(settings, hypervisor, {}, journal, executor, lambda _step: None)
+        deadline = time.monotonic() + _THAW_LIMIT_S
+        held = journal.held()
+        while held and time.monotonic() < deadline:
+            for one in list(held):
+                if recovery.thaw(world, one):
+                    journal.release(one.domain_uuid)
+                    held.remove(one)
+            if held:
+                time.sleep(0.5)
+    for one in held:
+        log.critical("domain %s may still be frozen", one.domain_name)
+    journal.close()
+    return 1 if held else 0
+
+
+def _notify(state: str) -> None:
+    if os.environ.get("NOTIFY_SOCKET"):
+        from systemd.daemon import notify
+
+        notify(state)
+
+
+async def _feed_watchdog() -> None:
+    """Tell systemd twice in each period that the loop turns (sd_watchdog_enabled(3))."""
+    period = os.environ.get("WATCHDOG_USEC", "")
+    if not period.isdigit():
+        return
+    while True:
+        _notify("WATCHDOG=1")
+        await asyncio.sleep(int(period) / 2e6)

@@ -1,0 +1,221 @@
+"""The journal: what was begun, what may be frozen, and which snapshots there are, in SQLite.
+
+Every write is durable when its function returns (WAL, synchronous=FULL; sqlite.org/pragma.html).
+All functions block and may be called from any thread. One process writes; a second, the release
+of what is held after a crash, only reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from snapd_vm.errors import Internal, NoSpace
+from snapd_vm.model import Consistency, Flags, Snapshot, SnapshotState, Tag, Target
+
+_SCHEMA = """
+CREATE TABLE operation (uuid TEXT PRIMARY KEY, domain TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE snapshot (uuid TEXT PRIMARY KEY, domain TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE held (domain TEXT PRIMARY KEY, data TEXT NOT NULL);
+CREATE TABLE unclean_stop (domain TEXT PRIMARY KEY);
+PRAGMA user_version = 1;
+"""
+_VERSION = 1
+
+
+_Row = tuple[str, tuple[str, ...]]
+"""A statement and its values."""
+
+
+class Step(StrEnum):
+    """The moments of a Create, in order; a daemon that is killed at any of them must recover."""
+
+    CHECKED = "checked"
+    BEGUN = "begun"  # journalled: what will be made, under which draft name
+    PREPARED = "prepared"  # journalled: what was made, and that the guest may be frozen from now
+    ARMED = "armed"  # the overlay has its name
+    FROZEN = "frozen"
+    SWITCHED = "switched"
+    THAWED = "thawed"
+    READ_BACK = "read-back"
+    ENDED = "ended"  # journalled: the snapshot, and nothing held
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A Create that was begun, with the records of its snapshots as they will be if all goes well.
+
+    A draft's consistency is the least that it can be. `failed`: the caller was told so; it is to be
+    undone and not completed.
+    """
+
+    tag: Tag
+    flags: Flags
+    drafts: tuple[Snapshot, ...]
+    failed: bool = False
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the methods act on."""
+        return tuple(draft.target for draft in self.drafts)
+
+    def with_targets(self, targets: Sequence[Target]) -> Operation:
+        """The same with what the methods know meanwhile."""
+        drafts = [
+            dataclasses.replace(draft, target=target)
+            for draft, target in zip(self.drafts, targets, strict=True)
+        ]
+        return dataclasses.replace(self, drafts=tuple(drafts))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A domain that we may have frozen. `agent_timeout` is the response timeout to put back."""
+
+    domain_uuid: str
+    domain_name: str
+    agent_timeout: int | None
+
+
+class Journal:
+    """An open journal."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the journal in `folder`, which is made if it is missing. Raises Internal."""
+        self._lock = threading.RLock()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._db = sqlite3.connect(
+                folder / "journal.sqlite3", check_same_thread=False, isolation_level=None, timeout=5
+            )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                self._db.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
+            elif version != _VERSION:
+                raise Internal(f"The journal in {folder} is of version {version}, not {_VERSION}.")
+        except (OSError, sqlite3.Error) as error:
+            raise Internal(f"The journal in {folder} can't be opened: {error}.") from error
+
+    def close(self) -> None:
+        """Close it."""
+        with self._lock:
+            self._db.close()
+
+    def begin(self, operation: Operation) -> None:
+        """Write down an operation, or its later form."""
+        self._write([_put_operation(operation)])
+
+    def prepared(self, operation: Operation, held: Held | None) -> None:
+        """Write down what was made, and that the domain may be frozen from now on."""
+        rows = [_put_operation(operation)]
+        if held is not None:
+            rows.append(_put_held(held))
+        self._write(rows)
+
+    def end(self, operation: Operation, snapshots: Sequence[Snapshot], release: bool) -> None:
+        """Close an operation: its snapshots stand (none: it is undone); `release` what was held."""
+        rows: list[_Row] = [("DELETE FROM operation WHERE uuid = ?", (operation.tag.uuid,))]
+        rows += [_put_snapshot(snapshot) for snapshot in snapshots]
+        if release:
+            rows.append(("DELETE FROM held WHERE domain = ?", (operation.tag.domain_uuid,)))
+        self._write(rows)
+
+    def release(self, domain_uuid: str) -> None:
+        """The domain is thawed for certain."""
+        self._write([("DELETE FROM held WHERE domain = ?", (domain_uuid,))])
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Replace a snapshot's record."""
+        self._write([_put_snapshot(snapshot)])
+
+    def stopped(self, domain_uuid: str, *, clean: bool) -> None:
+        """Remember whether the domain's last stop was a clean one."""
+        if clean:
+            self._write([("DELETE FROM unclean_stop WHERE domain = ?", (domain_uuid,))])
+        else:
+            self._write([("INSERT OR REPLACE INTO unclean_stop VALUES (?)", (domain_uuid,))])
+
+    def stopped_uncleanly(self, domain_uuid: str) -> bool:
+        """Whether the last stop that we saw of the domain was not a clean one."""
+        return bool(self._read("SELECT 1 FROM unclean_stop WHERE domain = ?", domain_uuid))
+
+    def operations(self) -> list[Operation]:
+        """All that was begun and not ended."""
+        return [_operation(json.loads(row[0])) for row in self._read("SELECT data FROM operation")]
+
+    def snapshots(self) -> list[Snapshot]:
+        """All snapshots on record."""
+        return [_snapshot(json.loads(row[0])) for row in self._read("SELECT data FROM snapshot")]
+
+    def held(self) -> list[Held]:
+        """All domains that we may have frozen."""
+        return [Held(**json.loads(row[0])) for row in self._read("SELECT data FROM held")]
+
+    def _write(self, rows: Sequence[_Row]) -> None:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                for statement, values in rows:
+                    self._db.execute(statement, values)
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if "full" in str(error):  # SQLITE_FULL: "database or disk is full"
+                    raise NoSpace("There is no room for the daemon's journal.") from error
+                raise Internal(f"The journal can't be written: {error}.") from error
+
+    def _read(self, statement: str, *values: str) -> list[Any]:
+        with self._lock:
+            try:
+                return self._db.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                raise Internal(f"The journal can't be read: {error}.") from error
+
+
+def _put_operation(operation: Operation) -> _Row:
+    tag = operation.tag
+    text = json.dumps(dataclasses.asdict(operation))
+    return "INSERT OR REPLACE INTO operation VALUES (?, ?, ?)", (tag.uuid, tag.domain_uuid, text)
+
+
+def _put_snapshot(snapshot: Snapshot) -> _Row:
+    text = json.dumps(dataclasses.asdict(snapshot))
+    return (
+        "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?)",
+        (snapshot.uuid, snapshot.domain_uuid, text),
+    )
+
+
+def _put_held(held: Held) -> _Row:
+    text = json.dumps(dataclasses.asdict(held))
+    return "INSERT OR REPLACE INTO held VALUES (?, ?)", (held.domain_uuid, text)
+
+
+def _operation(row: dict[str, Any]) -> Operation:
+    return Operation(
+        tag=Tag(**row["tag"]),
+        flags=Flags(row["flags"]),
+        drafts=tuple(_snapshot(draft) for draft in row["drafts"]),
+        failed=row["failed"],
+    )
+
+
+def _snapshot(row: dict[str, Any]) -> Snapshot:
+    return Snapshot(
+        **{
+            **row,
+            "target": Target(**row["target"]),
+            "state": SnapshotState(row["state"]),
+            "consistency": Consistency(row["consistency"]),
+        }
+    )

@@ -1,0 +1,78 @@
+"""Settles what was begun and not ended: the one way back for a failed Create and for a start-up.
+
+Blocking functions for a worker thread. Thawing comes first, then each disk in reverse.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from snapd_vm.engine import create, freeze
+from snapd_vm.engine.journal import Held, Operation
+from snapd_vm.engine.world import World
+from snapd_vm.errors import NoSuchDomain, SnapdError
+from snapd_vm.methods.method import Kept
+from snapd_vm.model import Consistency, Snapshot
+from snapd_vm.virt.agent import AgentGone, AgentRefused, AgentTimeout
+
+log = logging.getLogger(__name__)
+
+
+def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapshot]:
+    """Bring an operation to its end: all its snapshots stand, or nothing of it is left.
+
+    `keep`: what was wholly taken may stand (a daemon that was killed does not know what the caller
+    was told). Raises the SnapdError of what could not be done now; it may be called again.
+    """
+    tag = operation.tag
+    if keep and all(world.methods[t.method].taken(t, tag) for t in operation.targets):
+        return [_standing(world, draft) for draft in operation.drafts]
+    standing = []
+    for draft in reversed(operation.drafts):
+        try:
+            world.methods[draft.target.method].delete(draft.target, tag)
+        except Kept as error:
+            log.error("snapshot %s of domain %s stands: %s", tag.label, tag.domain_name, error)
+            standing.append(_standing(world, draft))
+    return standing
+
+
+def _standing(world: World, draft: Snapshot) -> Snapshot:
+    """A snapshot whose Create nobody saw end: it was frozen or not, so it is called crash.
+
+    One of a domain that was off, and is, keeps what its draft says.
+    """
+    try:
+        domain = world.hypervisor.read(draft.domain_uuid)
+    except NoSuchDomain:
+        return draft
+    consistency = Consistency.CRASH if domain.active else draft.consistency
+    return create.finish(draft, consistency, domain.disk(draft.target.disk), "", freeze.Frozen())
+
+
+def thaw(world: World, held: Held) -> bool:
+    """Try once to thaw a guest that we may have frozen; whether it is thawed for certain now.
+
+    An answer to the thaw also proves that a freeze which timed out before has been processed, as
+    the agent takes its commands in order. A domain that is off or gone is not frozen.
+    """
+    try:
+        domain = world.hypervisor.read(held.domain_uuid)
+    except NoSuchDomain:
+        return True
+    except SnapdError as error:
+        log.debug("domain %s can't be reached to thaw it: %s", held.domain_name, error)
+        return False
+    if not domain.active or domain.agent is None:
+        return True
+    agent = world.hypervisor.agent(domain, held.agent_timeout)
+    try:
+        count = agent.thaw(world.config.agent_timeout_s)
+    except (AgentGone, AgentTimeout, AgentRefused, SnapdError) as error:
+        log.debug("domain %s is not thawed yet: %s", held.domain_name, error)
+        return False
+    finally:
+        agent.close()
+    log.info("thawed %d file systems of domain %s", count, held.domain_name)
+    return True

@@ -1,0 +1,45 @@
+"""What the parts of the engine share: configuration, libvirt, methods, journal, threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol, TypeVar
+
+from snapd_vm.config import Config
+from snapd_vm.engine.journal import Journal, Step
+from snapd_vm.methods.method import Method
+from snapd_vm.model import Domain
+from snapd_vm.virt.agent import Agent
+from snapd_vm.virt.hypervisor import OffState
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Hypervisor(Protocol):
+    """What the engine itself asks of the hypervisor; blocking, raises SnapdErrors."""
+
+    def read(self, uuid: str) -> Domain: ...
+    def off_state(self, uuid: str) -> OffState: ...
+    def running_job(self, uuid: str, target: str) -> str: ...
+    def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent: ...
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """See the top of the file. `reach` is told of every step of a Create, in any thread."""
+
+    config: Config
+    hypervisor: Hypervisor
+    methods: Mapping[str, Method]
+    journal: Journal
+    executor: ThreadPoolExecutor
+    reach: Callable[[Step], None]
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a blocking function in a thread. Cancelling the await does not stop the thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.executor, lambda: function(*args, **kwargs))

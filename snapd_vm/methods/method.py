@@ -1,0 +1,71 @@
+"""The Method protocol: what a way of taking snapshots must offer to the engine.
+
+All functions block and run in worker threads. They know neither D-Bus nor libvirt. They raise
+SnapdErrors, with the reason as one sentence.
+
+`check` changes nothing, so that Plan is the same code as Create; `prepare` tells what it made before
+others can find it, so that a daemon killed at any moment finds it again in its journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from snapd_vm.errors import HypervisorUnavailable
+from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
+
+Record = Callable[[Sequence[Target]], None]
+"""Writes targets durably into the journal; blocks until it is done."""
+
+
+class Kept(HypervisorUnavailable):
+    """A snapshot can't be undone without losing the guest's writes, and stands."""
+
+    dbus_name = HypervisorUnavailable.dbus_name
+
+
+class Method(Protocol):
+    """One way of taking snapshots."""
+
+    @property
+    def name(self) -> str: ...
+
+    def claim(
+        self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
+    ) -> Target | None:
+        """What this method would act on, without a change; None: not a disk for it.
+
+        `request` is what the caller asked of this method, if anything. Raises MethodNotSupported
+        (or another SnapdError) where the disk is one for it but can't be done.
+        """
+
+    def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
+        """What will read the immutable view: a Disk whose source it is, and the image's format."""
+
+    def size(self, target: Target) -> int:
+        """The virtual size of the disk in bytes, known after `prepare` or asked anew."""
+
+    def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
+        """Everything that can be refused, without a change: names, space, tools, users."""
+
+    def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
+        """Make what can be made before the guest is frozen; returns the targets with what it knows.
+
+        Calls `record` once with those, before anything has a name that others could take as theirs.
+        """
+
+    def create(self, targets: Sequence[Target], tag: Tag) -> None:
+        """Take the snapshots; the only part inside the freeze."""
+
+    def taken(self, target: Target, tag: Tag) -> bool:
+        """Whether the snapshot is there, whole, and known to all who must know it."""
+
+    def delete(self, target: Target, tag: Tag) -> bool:
+        """Remove the snapshot, or what `prepare` made; the disk's present contents stay.
+
+        False: nothing was there. Recovery calls it without knowing how far a Create has come.
+        """
+
+    def state(self, target: Target, domain: Domain | None) -> str:
+        """ "ready", "missing", "failed" or "detached": what the storage and `domain` say now."""

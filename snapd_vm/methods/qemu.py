@@ -1,0 +1,383 @@
+"""The method `qemu`: an external qcow2 overlay, made beforehand, that libvirt switches the disk to.
+
+The former image is the snapshot. Rollback is the reverse: the overlay is committed into its base
+and the domain pivots back, or, where the switch has not happened, the overlay is unlinked. What the
+domain really uses is asked every time, never remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from snapd_vm import storage
+from snapd_vm.errors import (
+    Busy,
+    InvalidState,
+    MethodNotSupported,
+    NameInUse,
+    NoSpace,
+    NoSuchDomain,
+    StorageFailed,
+)
+from snapd_vm.methods import overlay
+from snapd_vm.methods.method import Kept, Record
+from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
+
+log = logging.getLogger(__name__)
+
+_COMMIT_LIMIT_S = 120.0
+_RESERVE = 1 << 20
+"""Bytes that must be free beyond the overlay's own first size: an overlay that can't grow stops
+the guest at its next write."""
+
+
+class Hypervisor(Protocol):
+    """What the method needs of the hypervisor; blocking, raises SnapdErrors."""
+
+    def read(self, uuid: str) -> Domain: ...
+    def capacity(self, uuid: str, target: str) -> int: ...
+    def managed_save(self, uuid: str) -> bool: ...
+    def checkpoints(self, uuid: str) -> bool: ...
+    def switch(self, uuid: str, overlays: Mapping[str, tuple[str, str]]) -> None: ...
+    def commit_active(self, uuid: str, target: str, base: str, timeout: float) -> None: ...
+    def redefine_disk(
+        self, uuid: str, target: str, path: str, disk_type: str, image_format: str
+    ) -> None: ...
+    def locked(self, path: str, image_format: str) -> bool: ...
+    def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None: ...
+    def drop_nodes(self, uuid: str, overlay: str) -> None: ...
+    def user_of(self, path: str, uuid: str, target: str) -> str: ...
+    def qemu_user(self) -> tuple[int, int]: ...
+
+
+class Qemu:
+    """See the top of the file."""
+
+    name = "qemu"
+
+    def __init__(self, hypervisor: Hypervisor, overlay_dirs: Sequence[str]) -> None:
+        self._hypervisor = hypervisor
+        self._overlay_dirs = overlay_dirs
+
+    def claim(
+        self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
+    ) -> Target | None:
+        """See Method. Anything that QEMU itself runs can be done, if its image is known."""
+        if domain.driver not in ("qemu", "kvm"):
+            raise MethodNotSupported(
+                f"Domain {domain.name} is not run by QEMU, so method qemu can't take its disks."
+            )
+        if disk.type not in ("file", "block"):
+            raise MethodNotSupported(
+                f"Disk {disk.target} has a {disk.type} source; method qemu takes files and "
+                "block devices."
+            )
+        if disk.format not in ("raw", "qcow2"):
+            raise MethodNotSupported(
+                f"Disk {disk.target} has the format '{disk.format}'; method qemu takes raw "
+                "and qcow2."
+            )
+        if disk.encrypted:
+            raise MethodNotSupported(
+                f"Disk {disk.target} is encrypted, and an overlay would not be."
+            )
+        persistent = next((d for d in domain.persistent_disks if d.target == disk.target), None)
+        follows = persistent is not None and persistent.path == disk.path
+        return Target(
+            method=self.name,
+            disk=disk.target,
+            data={
+                "domain": domain.uuid,
+                "instance": domain.id,
+                "origin": disk.path,
+                "origin_type": disk.type,
+                "origin_format": disk.format,
+                "persistent": follows or not domain.active,
+                "overlay": self._overlay_path(disk, request, tag),
+            },
+        )
+
+    def _overlay_path(self, disk: Disk, request: MethodRequest | None, tag: Tag) -> str:
+        own = os.path.dirname(disk.path) if disk.type == "file" else ""
+        named = request.options.get("overlay", "") if request else ""
+        if named:
+            folder = os.path.realpath(os.path.dirname(named))
+            allowed = [*([own] if own else []), *self._overlay_dirs]
+            if folder not in {os.path.realpath(place) for place in allowed}:
+                raise MethodNotSupported(
+                    "The overlay must be in the disk's own folder or in a folder of "
+                    "qemu.overlay_dirs."
+                )
+            return named
+        if not own and not self._overlay_dirs:
+            raise MethodNotSupported(
+                f"Disk {disk.target} is a block device; say in the method's XML where the overlay "
+                "goes, or set qemu.overlay_dirs."
+            )
+        stem = os.path.splitext(os.path.basename(disk.path))[0]
+        return os.path.join(own or self._overlay_dirs[0], f"{stem}.{tag.label}")
+
+    def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
+        """The former source."""
+        return disk, str(target.data["origin_format"])
+
+    def size(self, target: Target) -> int:
+        """The virtual size that the overlay was given."""
+        known = target.data.get("size")
+        if isinstance(known, int):
+            return known
+        return self._hypervisor.capacity(str(target.data["domain"]), target.disk)
+
+    def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
+        """See Method."""
+        needed, available, warnings = 0, 0, list[str]()
+        for target in targets:
+            found = _Overlay.of(target)
+            self._check_domain(found, target.disk)
+            user = self._hypervisor.user_of(found.origin, found.domain, target.disk)
+            if user:
+                raise Busy(f"The image of disk {target.disk} is also used by {user}.")
+            folder = os.path.dirname(found.path)
+            with self._folder(folder) as fd:
+                if overlay.exists(fd, os.path.basename(found.path)):
+                    raise NameInUse(
+                        f"There is a file {found.path} already; choose another name or overlay."
+                    )
+            if storage.read_only(folder):
+                raise StorageFailed(f"The folder {folder} is read-only.")
+            size = self.size(target)
+            needed += overlay.first_size(size)
+            available = storage.space_available(folder)
+            if available < needed + _RESERVE:
+                raise NoSpace(
+                    f"The folder {folder} has {available} bytes left, and the overlay needs "
+                    f"{needed + _RESERVE}; make room or name another place."
+                )
+            if available < size:
+                warnings.append(
+                    f"The overlay of disk {target.disk} may grow to {size} bytes, and "
+                    f"{available} are free; the guest stops when there are none."
+                )
+        return Needs(needed, available, tuple(warnings))
+
+    def _check_domain(self, found: _Overlay, disk: str) -> None:
+        if found.instance != -1:
+            return
+        if self._hypervisor.managed_save(found.domain):
+            raise InvalidState(
+                "The domain has a managed save image, which would go on with the old disk; start "
+                "it or remove the image with 'virsh managedsave-remove'."
+            )
+        if self._hypervisor.checkpoints(found.domain):
+            raise InvalidState(
+                "The domain is off and has checkpoints, with which libvirt takes no disk snapshot; "
+                "start it or delete them."
+            )
+        if self._hypervisor.locked(found.origin, found.origin_format):
+            raise Busy(f"The image of disk {disk} is open for writing by another process.")
+
+    def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
+        """Make the overlays under names of their own, journal their inodes, then name them."""
+        prepared = []
+        for target in targets:
+            found = _Overlay.of(target)
+            size = self.size(target)
+            with self._folder(os.path.dirname(found.path)) as fd:
+                inode = overlay.make(fd, found.draft(tag), found.origin, found.origin_format, size)
+            data: dict[str, Json] = {
+                **target.data,
+                "size": size,
+                "device": inode.device,
+                "inode": inode.inode,
+            }
+            prepared.append(dataclasses.replace(target, data=data))
+        record(prepared)
+        for target in prepared:
+            found = _Overlay.of(target)
+            with self._folder(os.path.dirname(found.path)) as fd:
+                overlay.give_name(fd, found.draft(tag), os.path.basename(found.path))
+        return prepared
+
+    def create(self, targets: Sequence[Target], tag: Tag) -> None:
+        """One libvirt snapshot for all."""
+        overlays = {t.disk: (str(t.data["overlay"]), "qcow2") for t in targets}
+        self._hypervisor.switch(str(targets[0].data["domain"]), overlays)
+
+    def taken(self, target: Target, tag: Tag) -> bool:
+        """Whether libvirt says the overlay, live and (where it should) persistent.
+
+        Where the running domain has switched and only the definition was not written, as when
+        libvirtd dies in between, the definition is mended here.
+        """
+        found = _Overlay.of(target)
+        try:
+            domain = self._hypervisor.read(found.domain)
+        except NoSuchDomain:
+            return False
+        live = domain.disk(target.disk)
+        if live is None or live.path != found.path:
+            return False
+        if domain.active and found.persistent:
+            persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
+            if persistent is not None and persistent.path == found.origin:
+                log.warning(
+                    "the definition of domain %s lacked the overlay of disk %s; mended",
+                    found.domain,
+                    target.disk,
+                )
+                self._hypervisor.redefine_disk(
+                    found.domain, target.disk, found.path, "file", "qcow2"
+                )
+        return True
+
+    def delete(self, target: Target, tag: Tag) -> bool:
+        """See Method; the table of what may have happened is in `_undo`."""
+        found = _Overlay.of(target)
+        removed = self._unlink(found, found.draft(tag))
+        if found.inode is None:  # killed before it had a name
+            return removed
+        current = storage.file_id(found.path)
+        if current is None:
+            return removed
+        if current != found.inode:
+            log.warning("%s is not the overlay that we made; left alone", found.path)
+            return removed
+        self._undo(found, target.disk)
+        return self._unlink(found, os.path.basename(found.path)) or removed
+
+    def _undo(self, found: _Overlay, disk: str) -> None:
+        """Bring the domain back to the origin, whatever it uses now, or raise.
+
+        libvirt says  | locked: origin, overlay | what happened             | so
+        overlay, live | -                       | switched                  | commit and pivot
+        overlay, off  | -                       | switched, not started     | define the origin again
+        origin, live  | yes, no                 | not switched              | nothing
+        origin, live  | yes, yes                | overlay open and unused   | remove its nodes
+        origin, live  | no, yes                 | switched behind libvirt   | commit by the monitor
+        origin, off   | -                       | ended since; data tells   | keep what has data
+        """
+        try:
+            # Waits for the end of a switch that a client, killed meanwhile, has begun.
+            with contextlib.suppress(StorageFailed):
+                self._hypervisor.capacity(found.domain, disk)
+            domain = self._hypervisor.read(found.domain)
+        except NoSuchDomain:
+            self._refuse_if_written(found, "the domain was undefined")
+            return
+        live = domain.disk(disk)
+        path = live.path if live is not None else ""
+        if path == found.path and domain.active:
+            self._hypervisor.commit_active(found.domain, disk, found.origin, _COMMIT_LIMIT_S)
+            self._define_origin(found, disk)
+        elif path == found.path:
+            self._refuse_if_written(found, "the domain has written to it")
+            self._define_origin(found, disk)
+        elif path == found.origin and domain.active:
+            self._settle_nodes(found, disk)
+            self._define_origin(found, disk)
+        elif path == found.origin:
+            if overlay.written(found.path):
+                # QEMU had switched, and ended before libvirt knew: those writes are the guest's.
+                log.error(
+                    "domain %s wrote to %s unknown to libvirt; its definition now says so",
+                    found.domain,
+                    found.path,
+                )
+                self._hypervisor.redefine_disk(found.domain, disk, found.path, "file", "qcow2")
+                raise Kept("The domain had switched to the overlay, which is kept.")
+        else:
+            self._refuse_if_written(found, f"disk {disk} has another image now")
+
+    def _settle_nodes(self, found: _Overlay, disk: str) -> None:
+        if not self._hypervisor.locked(found.path, "qcow2"):
+            self._refuse_if_written(found, "the domain runs on its base")
+            return
+        if self._hypervisor.locked(found.origin, found.origin_format):
+            log.warning("QEMU has the overlay of disk %s open unused; removing its nodes", disk)
+            self._hypervisor.drop_nodes(found.domain, found.path)
+        else:
+            log.warning("QEMU writes to the overlay of disk %s unknown to libvirt", disk)
+            self._hypervisor.commit_behind(found.domain, found.path, _COMMIT_LIMIT_S)
+
+    def _define_origin(self, found: _Overlay, disk: str) -> None:
+        """Let the definition say the origin where it says the overlay."""
+        domain = self._hypervisor.read(found.domain)
+        disks = domain.persistent_disks if domain.active else domain.disks
+        persistent = next((d for d in disks if d.target == disk), None)
+        if persistent is not None and persistent.path == found.path:
+            self._hypervisor.redefine_disk(
+                found.domain, disk, found.origin, found.origin_type, found.origin_format
+            )
+
+    def _refuse_if_written(self, found: _Overlay, why: str) -> None:
+        if overlay.written(found.path):
+            raise StorageFailed(
+                f"The overlay {found.path} holds data and {why}; look at both before removing it."
+            )
+
+    def _unlink(self, found: _Overlay, name: str) -> bool:
+        try:
+            with self._folder(os.path.dirname(found.path)) as fd:
+                os.unlink(name, dir_fd=fd)
+                os.fsync(fd)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageFailed(f"{found.path} can't be removed: {error.strerror}.") from error
+        log.info("removed %s", name)
+        return True
+
+    def _folder(self, folder: str) -> contextlib.AbstractContextManager[int]:
+        uid, gid = self._hypervisor.qemu_user()
+        return storage.open_folder(folder, {0, uid}, {0, gid})
+
+    def state(self, target: Target, domain: Domain | None) -> str:
+        """See Method: the origin must be the file that it was and be nobody's active image."""
+        found = _Overlay.of(target)
+        if storage.file_id(found.origin) is None:
+            return "missing"
+        if domain is None or domain.disk(target.disk) is None:
+            return "detached"
+        disks = (*domain.disks, *domain.persistent_disks)
+        if any(d.path == found.origin and not d.readonly for d in disks):
+            return "failed"
+        return "ready"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Overlay:
+    """A Target's data with its types."""
+
+    domain: str
+    instance: int
+    origin: str
+    origin_type: str
+    origin_format: str
+    persistent: bool
+    path: str
+    inode: storage.FileId | None
+
+    @classmethod
+    def of(cls, target: Target) -> _Overlay:
+        data = target.data
+        device, inode, instance = data.get("device"), data.get("inode"), data["instance"]
+        known = isinstance(device, int) and isinstance(inode, int)
+        return cls(
+            domain=str(data["domain"]),
+            instance=instance if isinstance(instance, int) else -1,
+            origin=str(data["origin"]),
+            origin_type=str(data["origin_type"]),
+            origin_format=str(data["origin_format"]),
+            persistent=bool(data["persistent"]),
+            path=str(data["overlay"]),
+            inode=storage.FileId(device, inode) if known else None,  # type: ignore[arg-type]
+        )
+
+    def draft(self, tag: Tag) -> str:
+        """The name in the overlay's folder that it has until it is complete; ours by its UUID."""
+        return f".{tag.storage_name}.new"

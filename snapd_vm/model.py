@@ -1,0 +1,272 @@
+"""What every other part speaks: frozen data about domains, disks, requests and snapshots.
+
+No behaviour beyond what follows from the data itself, and no import of any other part but errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntFlag, StrEnum
+from typing import TypeAlias
+
+from snapd_vm.errors import SnapdError
+
+NAMESPACE = "https://example.org/xmlns/disk-snapshot/1"
+"""The XML namespace of what we add to `<source>`."""
+
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+
+
+class Flags(IntFlag):
+    """The flags of Create, Plan and CreateSet."""
+
+    QUIESCE_REQUIRED = 1
+    NO_QUIESCE = 2
+
+
+class Consistency(StrEnum):
+    """How consistent a snapshot is, strongest first; what was achieved, never what was asked."""
+
+    OFFLINE = "offline"
+    QUIESCED = "quiesced"
+    PAUSED = "paused"
+    CRASH = "crash"
+
+
+class SnapshotState(StrEnum):
+    """The State of a Snapshot object."""
+
+    READY = "ready"
+    DELETING = "deleting"
+    REVERTING = "reverting"
+    DETACHED = "detached"
+    FAILED = "failed"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentChannel:
+    """The channel on which a domain's guest agent listens.
+
+    `socket` is empty where libvirt owns the channel (`org.qemu.guest_agent.0`); otherwise it is the
+    path of the unix socket that QEMU listens on. `connected` is what the live XML says of the
+    guest's end of the channel; it stays true while an agent hangs.
+    """
+
+    name: str
+    socket: str
+    connected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One `<disk>` of a domain, as libvirt's own XML describes it.
+
+    `path` is the file or device that holds the active image, with a pool's volume resolved; empty
+    where there is none (network source, empty drive). `type` and `source_xml` are resolved the same
+    way; `declared_source` holds the attributes of `<source>` as the domain's XML has them, with
+    "type", to compare with what a caller says. `chain` are the paths of the `<backingStore>`s that
+    the XML names, nearest first. `address` is the guest's PCI address ("0000:01:00.0") or empty.
+    """
+
+    target: str
+    device: str
+    type: str
+    format: str
+    path: str
+    source_xml: str
+    xml: str
+    declared_source: Mapping[str, str] = field(default_factory=dict)
+    chain: tuple[str, ...] = ()
+    address: str = ""
+    serial: str = ""
+    readonly: bool = False
+    shareable: bool = False
+    transient: bool = False
+    encrypted: bool = False
+    mirror: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A libvirt domain as the daemon holds it in memory.
+
+    `id` is libvirt's number of the running instance, -1 when it is off. `disks` are those in use
+    (the live XML of an active domain); `persistent_disks` those of the definition that the next
+    start will use (equal for a domain that is off, empty for a transient one). `driver` is the
+    domain's type (kvm, qemu, test ...).
+    """
+
+    uuid: str
+    name: str
+    id: int
+    state: str
+    driver: str
+    persistent: bool
+    disks: tuple[Disk, ...]
+    persistent_disks: tuple[Disk, ...] = ()
+    agent: AgentChannel | None = None
+    nvram: bool = False
+    tpm: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether an instance is running or paused."""
+        return self.id != -1
+
+    def disk(self, target: str) -> Disk | None:
+        """The disk with this `<target dev>`, or None."""
+        return next((d for d in self.disks if d.target == target), None)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRequest:
+    """A `<diskSnapshot>` that passed the schema.
+
+    `options` are its details flattened: `overlay` (file), `device` (path), `size` (bytes, as text),
+    `subvolume` (path), `dataset` (name), `image` ("pool/name"). `names_place` is true where it
+    names an overlay or a layer, which needs the action `configure` besides `create`.
+    """
+
+    method: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names_place(self) -> bool:
+        """Whether it names an overlay or a layer."""
+        return any(key != "size" for key in self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRequest:
+    """What a caller's `<disk>` says: target, source attributes (with "type" if given), method."""
+
+    target: str = ""
+    source: Mapping[str, str] = field(default_factory=dict)
+    method: MethodRequest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A parsed Create or Plan. `domain` is a name, `uuid` a UUID; both empty: not said."""
+
+    disk: DiskRequest
+    method: MethodRequest | None
+    name: str
+    flags: Flags
+    domain: str = ""
+    uuid: str = ""
+
+    @property
+    def wanted_method(self) -> MethodRequest | None:
+        """The method that the caller asked for: the argument before the embedded one."""
+        return self.method or self.disk.method
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a request refers to, from memory alone; `error` is raised after authorisation only.
+
+    Details of the polkit check are taken from here, so that a disk that is not there looks to a
+    caller without the right like one that is.
+    """
+
+    domain: Domain | None = None
+    disk: Disk | None = None
+    error: SnapdError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """What names a snapshot on its storage and in its metadata."""
+
+    uuid: str
+    label: str
+    domain_uuid: str
+    domain_name: str
+    created_us: int
+
+    @property
+    def storage_name(self) -> str:
+        """The name given to storages that name their snapshots."""
+        return f"snapd-vm-{self.uuid}"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A disk that a method has claimed: what the method needs to act on it, as JSON.
+
+    It goes into the journal, so `data` holds nothing but JSON values.
+    """
+
+    method: str
+    disk: str
+    data: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a method says at check time: room in bytes and warnings for Plan."""
+
+    space_needed: int = 0
+    space_available: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer of Plan."""
+
+    method: str
+    backup_source: str
+    consistency: Consistency
+    space_needed: int
+    space_available: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """One row of Disks: what Create would do with the disk, and why."""
+
+    disk: Disk
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot on record. Times in µs (`created_us` since the epoch), `size` in bytes.
+
+    `target` is the method's own Target; its `disk` is the `<target dev>` of the disk.
+    """
+
+    uuid: str
+    name: str
+    domain_uuid: str
+    domain_name: str
+    target: Target
+    created_us: int
+    state: SnapshotState
+    consistency: Consistency
+    frozen_filesystems: int
+    frozen_us: int
+    format: str
+    size: int
+    backup_source: str
+    modified_disk: str
+
+
+ROOT_PATH = "/org/example/DiskSnapshot"
+"""The root object on the bus."""
+
+
+def domain_path(uuid: str) -> str:
+    """The object path of the domain with this UUID."""
+    return f"{ROOT_PATH}/domain/_{uuid.replace('-', '_')}"
+
+
+def snapshot_path(uuid: str) -> str:
+    """The object path of the snapshot with this UUID."""
+    return f"{ROOT_PATH}/snapshot/_{uuid.replace('-', '_')}"

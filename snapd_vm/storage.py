@@ -1,0 +1,122 @@
+"""What holds a disk: files, devices and folders, looked at and never changed.
+
+A path that is looked at here comes from libvirt or from the configuration; one that a caller named
+has been compared with those before.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from snapd_vm import qcow2
+from snapd_vm.errors import MethodNotSupported, StorageFailed
+
+
+@dataclass(frozen=True, slots=True)
+class FileId:
+    """What a path stands for, whatever its name: device and inode, or a device's number."""
+
+    device: int
+    inode: int
+
+
+def file_id(path: str) -> FileId | None:
+    """The identity of the file or device behind `path` (symlinks followed), or None."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if stat.S_ISBLK(found.st_mode):
+        return FileId(found.st_rdev, 0)  # two device nodes of one number are one device
+    return FileId(found.st_dev, found.st_ino)
+
+
+def backing_chain(path: str, limit: int = 64) -> Iterator[str]:
+    """The local files below the qcow2 image `path`, nearest first, read from the headers.
+
+    Stops at an image that is not qcow2, can't be read, or after `limit` files. Nothing is probed
+    but the header, which a guest can't write in an image that is declared qcow2.
+    """
+    for _ in range(limit):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError):
+            return
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                return
+            header = qcow2.read_header(fd)
+        except (OSError, qcow2.NotQcow2):
+            return
+        finally:
+            os.close(fd)
+        path = qcow2.backing_path(path, header)
+        if not path:
+            return
+        yield path
+
+
+@contextmanager
+def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -> Iterator[int]:
+    """A descriptor of `folder`, reached without a symlink, in which only `owners` can write.
+
+    The folder's real path is walked from the root, one component at a time, each opened with
+    O_NOFOLLOW and checked: owned by one of `owners` (uids), writable by no group outside `groups`
+    and by no others unless it is sticky and not the last. Raises MethodNotSupported with the reason
+    and StorageFailed where a component can't be opened.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open("/", flags)
+    try:
+        parts = [part for part in os.path.realpath(folder).split("/") if part]
+        for index, part in enumerate(parts):
+            try:
+                inner = os.open(part, flags, dir_fd=fd)
+            except OSError as error:
+                raise StorageFailed(
+                    f"The folder {folder} can't be opened: {error.strerror}."
+                ) from error
+            os.close(fd)
+            fd = inner
+            last = index == len(parts) - 1
+            if not _kept(os.fstat(fd), owners, groups, last):
+                raise MethodNotSupported(
+                    f"The folder {folder} can be changed by others than root and QEMU's user; "
+                    "name an overlay in a folder of qemu.overlay_dirs."
+                )
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _kept(
+    found: os.stat_result, owners: Collection[int], groups: Collection[int], last: bool
+) -> bool:
+    sticky = bool(found.st_mode & stat.S_ISVTX) and not last
+    if found.st_uid not in owners:
+        return False
+    if found.st_mode & stat.S_IWGRP and found.st_gid not in groups and not sticky:
+        return False
+    return not found.st_mode & stat.S_IWOTH or sticky
+
+
+def space_available(folder: str) -> int:
+    """Bytes that QEMU's user can still write to the file system of `folder` (statvfs(3)).
+
+    Raises StorageFailed.
+    """
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise StorageFailed(f"The folder {folder} can't be examined: {error.strerror}.") from error
+    return found.f_bavail * found.f_frsize
+
+
+def read_only(folder: str) -> bool:
+    """Whether the file system of `folder` is mounted read-only."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

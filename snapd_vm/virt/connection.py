@@ -1,0 +1,162 @@
+"""Connections to libvirt: the event loop's thread, one connection for events, a pool for calls.
+
+libvirtd reads at most max_client_requests (5 by default) calls at a time from one connection, so a
+few hung guest agents would hold up every other call on it, a thaw among them. Each call therefore
+has a connection of its own for as long as it lasts, from a pool; it costs 5 ms to open one.
+
+libvirtaio touches the asyncio loop from libvirt's threads and loses events; what works is libvirt's
+default event loop in a thread, with callbacks handed over through call_soon_threadsafe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+import libvirt
+
+from snapd_vm import errors
+
+log = logging.getLogger(__name__)
+
+_KEEPALIVE_INTERVAL_S = 5
+_KEEPALIVE_COUNT = 3
+_IDLE_CONNECTIONS = 4
+
+_loop_lock = threading.Lock()
+_loop_started = False
+
+
+def start_event_loop() -> None:
+    """Start libvirt's default event loop in a thread of its own, once in a process.
+
+    Must come before the first connection (virEventRegisterDefaultImpl). The thread is a daemon
+    thread: it ends with the process.
+    """
+    global _loop_started
+    with _loop_lock:
+        if _loop_started:
+            return
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it prints to stderr
+        libvirt.virEventRegisterDefaultImpl()
+
+        def turn() -> None:
+            while True:
+                libvirt.virEventRunDefaultImpl()
+
+        threading.Thread(target=turn, name="libvirt-events", daemon=True).start()
+        _loop_started = True
+
+
+def open_connection(uri: str) -> libvirt.virConnect:
+    """A new connection with keep-alive on, so that a call to a hung libvirtd ends within 20 s.
+
+    Raises libvirt.libvirtError.
+    """
+    connection = libvirt.open(uri)
+    with contextlib.suppress(libvirt.libvirtError):  # drivers inside the process have none
+        connection.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
+    return connection
+
+
+class ConnectionPool:
+    """Connections for calls, one each; safe to use from any thread."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._lock = threading.Lock()
+        self._idle: list[libvirt.virConnect] = []
+        # Two connections to a test driver are two worlds, unless they are one object.
+        self._shared: libvirt.virConnect | None = None
+
+    def share(self, connection: libvirt.virConnect) -> None:
+        """Use `connection` for every call, where a second one would see other domains."""
+        self._shared = connection
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[libvirt.virConnect]:
+        """A connection that nobody else uses meanwhile; errors of libvirt become SnapdErrors."""
+        with translated():
+            if self._shared is not None:
+                yield self._shared
+                return
+            with self._lock:
+                taken = self._idle.pop() if self._idle else None
+            if taken is not None and not _alive(taken):
+                _close(taken)
+                taken = None
+            if taken is None:
+                taken = open_connection(self._uri)
+            try:
+                yield taken
+            finally:
+                with self._lock:
+                    keep = len(self._idle) < _IDLE_CONNECTIONS and _alive(taken)
+                    if keep:
+                        self._idle.append(taken)
+                if not keep:
+                    _close(taken)
+
+    def drop(self) -> None:
+        """Close all idle connections, as after libvirtd went away."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._shared = None
+        for connection in idle:
+            _close(connection)
+
+
+def _alive(connection: libvirt.virConnect) -> bool:
+    try:
+        return bool(connection.isAlive())
+    except libvirt.libvirtError:
+        return False
+
+
+def _close(connection: libvirt.virConnect) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.close()
+
+
+class LibvirtFailed(errors.HypervisorUnavailable):
+    """libvirt refused or failed a call; `code` is its virErrorNumber, `lost` a lost connection."""
+
+    dbus_name = errors.HypervisorUnavailable.dbus_name
+
+    def __init__(self, message: str, code: int, lost: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.lost = lost
+
+
+LOST_DOMAINS = (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE)
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn libvirt.libvirtError into the SnapdError that a caller is told."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise snapd_error(error) from error
+
+
+def snapd_error(error: libvirt.libvirtError) -> errors.SnapdError:
+    """The SnapdError for an error of libvirt's; the mapping is on virErrorNumber."""
+    code = error.get_error_code() or 0
+    message = " ".join((error.get_error_message() or str(error)).split())
+    lost = error.get_error_domain() in LOST_DOMAINS and code in (
+        libvirt.VIR_ERR_SYSTEM_ERROR,
+        libvirt.VIR_ERR_INTERNAL_ERROR,
+        libvirt.VIR_ERR_NO_CONNECT,
+        libvirt.VIR_ERR_RPC,
+    )
+    if code == libvirt.VIR_ERR_NO_DOMAIN:
+        return errors.NoSuchDomain("The domain is not there any more.")
+    if code in (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_BLOCK_COPY_ACTIVE):
+        return errors.Busy(f"libvirt is busy with the domain: {message}.")
+    if "No space left on device" in message:
+        return errors.NoSpace(f"libvirt has no room: {message}.")
+    return LibvirtFailed(f"libvirt says: {message}.", code, lost)

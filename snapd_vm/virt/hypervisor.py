@@ -1,0 +1,265 @@
+"""What we ask of libvirt about domains and their disks, one blocking function each.
+
+Runs in worker threads. Every function takes a connection of its own from the pool, raises
+SnapdErrors only, and holds no state. Waiting is libvirt's: a call to a hung libvirtd ends by
+keep-alive within 20 s, a call on a domain with a stuck job after 30 s (qemu driver).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import libvirt
+from lxml import etree
+
+from snapd_vm.errors import StorageFailed, TimedOut
+from snapd_vm.model import Domain
+from snapd_vm.virt import domainxml, mend, users
+from snapd_vm.virt.agent import Agent
+from snapd_vm.virt.agentlibvirt import LibvirtAgent
+from snapd_vm.virt.agentsocket import SocketAgent
+from snapd_vm.virt.connection import ConnectionPool
+
+_STATES = {
+    libvirt.VIR_DOMAIN_NOSTATE: "nostate",
+    libvirt.VIR_DOMAIN_RUNNING: "running",
+    libvirt.VIR_DOMAIN_BLOCKED: "blocked",
+    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_SHUTDOWN: "shutdown",
+    libvirt.VIR_DOMAIN_SHUTOFF: "shutoff",
+    libvirt.VIR_DOMAIN_CRASHED: "crashed",
+    libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
+}
+
+_SNAPSHOT_FLAGS = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OffState:
+    """Why a domain is off: `reason` is libvirt's virDomainShutoffReason."""
+
+    reason: int
+    managed_save: bool
+
+    @property
+    def known_clean(self) -> bool:
+        """Shut down by its guest or by request, and not saved."""
+        return self.reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN and not self.managed_save
+
+    @property
+    def unknown(self) -> bool:
+        """libvirt has forgotten, as it does when it is restarted."""
+        return self.reason == libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN and not self.managed_save
+
+    @property
+    def migrated(self) -> bool:
+        """It runs on another host now."""
+        return bool(self.reason == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED)
+
+
+class Hypervisor:
+    """The functions of one libvirt, by way of its connection pool."""
+
+    def __init__(self, pool: ConnectionPool, domains: Callable[[], Iterable[Domain]]) -> None:
+        self._pool = pool
+        self._domains = domains
+        self._qemu_user: tuple[int, int] | None = None
+
+    @contextlib.contextmanager
+    def _domain(self, uuid: str) -> Iterator[libvirt.virDomain]:
+        with self._pool.connection() as connection:
+            yield connection.lookupByUUIDString(uuid)
+
+    def read(self, uuid: str) -> Domain:
+        """The domain as libvirt describes it now. Raises NoSuchDomain."""
+        with self._domain(uuid) as domain:
+            return read_domain(domain)
+
+    def redefine_disk(
+        self, uuid: str, target: str, path: str, disk_type: str, image_format: str
+    ) -> None:
+        """Let the persistent definition say another image for one disk (virDomainDefineXML).
+
+        An explicit backing chain of that disk is left out of it, as it is no longer true.
+        """
+        with self._pool.connection() as connection:
+            flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+            xml = connection.lookupByUUIDString(uuid).XMLDesc(flags)
+            connection.defineXML(
+                domainxml.replace_source(xml, target, path, disk_type, image_format)
+            )
+
+    def locked(self, path: str, image_format: str) -> bool:
+        """Whether a process has the image open for writing."""
+        return mend.locked(path, image_format)
+
+    def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None:
+        """Commit an overlay that QEMU writes to unknown to libvirt, and drop it."""
+        mend.Monitor(self._pool, uuid).commit_behind(overlay, timeout)
+
+    def drop_nodes(self, uuid: str, overlay: str) -> None:
+        """Close an overlay that QEMU has open, unused and unknown to libvirt."""
+        mend.Monitor(self._pool, uuid).drop_nodes(overlay)
+
+    def user_of(self, path: str, uuid: str, target: str) -> str:
+        """Who else has the image in its chain, in words; '' for nobody (see users.py)."""
+        return users.user_of(path, uuid, target, list(self._domains()), self.pool_folders())
+
+    def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent:
+        """The domain's guest agent, for one operation: by way of libvirt, or by its own socket."""
+        if domain.agent is not None and domain.agent.socket:
+            return SocketAgent(domain.agent.socket, domain.disks)
+        return LibvirtAgent(self._pool, domain.uuid, domain.name, former_timeout)
+
+    def off_state(self, uuid: str) -> OffState:
+        """Why the domain is off, and whether it has a managed save image."""
+        with self._domain(uuid) as domain:
+            _, reason = domain.state()
+            return OffState(reason, bool(domain.hasManagedSaveImage()))
+
+    def managed_save(self, uuid: str) -> bool:
+        """Whether the domain has a managed save image."""
+        with self._domain(uuid) as domain:
+            return bool(domain.hasManagedSaveImage())
+
+    def checkpoints(self, uuid: str) -> bool:
+        """Whether the domain has checkpoints (refuse offline disk-only snapshots)."""
+        with self._domain(uuid) as domain:
+            return bool(domain.listAllCheckpoints())
+
+    def running_job(self, uuid: str, target: str) -> str:
+        """What occupies the domain or the disk: a block job, backup, migration or save; or ''."""
+        with self._domain(uuid) as domain:
+            if not domain.isActive():
+                return ""
+            if domain.blockJobInfo(target):
+                return "a block job is running on the disk"
+            with contextlib.suppress(libvirt.libvirtError):  # no backup job: an error
+                domain.backupGetXMLDesc()
+                return "a backup of the domain is running"
+            stats = domain.jobStats()
+            if stats.get("type", 0) in (
+                libvirt.VIR_DOMAIN_JOB_BOUNDED,
+                libvirt.VIR_DOMAIN_JOB_UNBOUNDED,
+            ):
+                return "a migration, save or other job of the domain is running"
+            return ""
+
+    def capacity(self, uuid: str, target: str) -> int:
+        """The virtual size of the disk in bytes (virDomainGetBlockInfo).
+
+        It waits for a job that is changing the domain, so it also serves to wait for one to end.
+        """
+        with self._domain(uuid) as domain:
+            try:
+                return int(domain.blockInfo(target)[0])
+            except libvirt.libvirtError as error:
+                raise StorageFailed(
+                    f"The size of disk {target} can't be found: {error.get_error_message()}."
+                ) from error
+
+    def switch(self, uuid: str, overlays: Mapping[str, tuple[str, str]]) -> None:
+        """Make the domain write to `overlays` (target -> path, format), which are there already.
+
+        One atomic libvirt snapshot without metadata (virDomainSnapshotCreateXML); every other disk
+        is listed as `snapshot='no'`. No look at the overlay is taken by libvirt with REUSE_EXT.
+        """
+        with self._domain(uuid) as domain:
+            targets = domainxml.targets(domain.XMLDesc())
+            domain.snapshotCreateXML(domainxml.snapshot_xml(targets, overlays), _SNAPSHOT_FLAGS)
+
+    def commit_active(self, uuid: str, target: str, base: str, timeout: float) -> None:
+        """Commit the active overlay of a running domain's disk into `base` and pivot back to it.
+
+        The base is given explicitly, as without it the bottom of the chain is written to. Ends the
+        job where it does not get ready within `timeout` seconds, and raises TimedOut.
+        """
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+        deadline = time.monotonic() + timeout
+        with self._domain(uuid) as domain:
+            domain.blockCommit(target, base, None, 0, flags)
+            while not domainxml.mirror_ready(domain.XMLDesc(), target):
+                if not domain.blockJobInfo(target):
+                    raise StorageFailed(f"The commit of disk {target} failed; see QEMU's log.")
+                if time.monotonic() > deadline:
+                    domain.blockJobAbort(target)
+                    raise TimedOut(f"The commit of disk {target} was not ready in {timeout:g} s.")
+                time.sleep(0.02)
+            while True:
+                try:
+                    domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+                    return
+                except libvirt.libvirtError as error:
+                    # "not ready" although it was announced: try again, as others had to.
+                    if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+                        raise
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
+
+    def pool_folders(self) -> Sequence[str]:
+        """The folders of the active storage pools that are folders (dir, fs, netfs)."""
+        folders = []
+        with self._pool.connection() as connection:
+            try:
+                pools = connection.listAllStoragePools(
+                    libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
+                )
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+                    return ()
+                raise
+            for pool in pools:
+                tree = etree.fromstring(pool.XMLDesc())
+                if tree.get("type") in ("dir", "fs", "netfs"):
+                    folders.append(tree.findtext("target/path") or "")
+        return [folder for folder in folders if folder]
+
+    def qemu_user(self) -> tuple[int, int]:
+        """The uid and gid that QEMU runs as: the DAC security model of the capabilities; else 0."""
+        if self._qemu_user is None:  # fixed when libvirtd starts, in qemu.conf
+            with self._pool.connection() as connection:
+                tree = etree.fromstring(connection.getCapabilities())
+            label = tree.findtext("host/secmodel[model='dac']/baselabel") or ""
+            uid, _, gid = label.replace("+", "").partition(":")
+            self._qemu_user = (int(uid), int(gid)) if uid.isdigit() and gid.isdigit() else (0, 0)
+        return self._qemu_user
+
+
+def read_domain(domain: libvirt.virDomain) -> Domain:
+    """A Domain from a libvirt domain. Raises libvirt.libvirtError, as when it is gone."""
+    connection = domain.connect()
+    state, _ = domain.state()
+    number = domain.ID()
+    persistent = bool(domain.isPersistent())
+    live = domain.XMLDesc()
+    inactive = None
+    if number != -1 and persistent:
+        inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    def resolve_volume(pool: str, volume: str) -> tuple[str, str] | None:
+        try:
+            found = connection.storagePoolLookupByName(pool).storageVolLookupByName(volume)
+            kind = found.info()[0]
+            path = found.path()
+        except libvirt.libvirtError:
+            return None
+        kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}
+        return (kinds[kind], path) if kind in kinds else None
+
+    return domainxml.parse_domain(
+        live,
+        inactive,
+        id=number,
+        state=_STATES.get(state, "nostate"),
+        persistent=persistent,
+        resolve_volume=resolve_volume,
+    )

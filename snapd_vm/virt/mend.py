@@ -1,0 +1,101 @@
+"""Mends what is left when libvirtd dies in the middle of a switch, through QEMU's own monitor.
+
+QEMU may then write to the overlay, or hold it open unused, while libvirt still says the base, and
+knows nothing of the nodes; the next start would boot the base and lose those writes. Nothing but
+the monitor reaches them (virDomainQemuMonitorCommand; it marks the domain "custom-monitor"), so
+this file is used for that case alone. QMP commands and their answers: qemu-qmp-ref(7).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import libvirt_qemu
+
+from snapd_vm import command
+from snapd_vm.errors import StorageFailed, TimedOut
+from snapd_vm.virt.connection import ConnectionPool
+
+log = logging.getLogger(__name__)
+
+
+def locked(path: str, image_format: str) -> bool:
+    """Whether a process has the image open for writing, as QEMU's image lock tells.
+
+    `qemu-img info` without -U fails then. Raises StorageFailed if it fails for another reason.
+    """
+    try:
+        result = command.run(
+            ["qemu-img", "info", "-f", image_format, path], timeout=20, check=False
+        )
+    except command.CommandError as error:
+        raise StorageFailed(f"{error}.") from error
+    if result.status == 0:
+        return False
+    if "lock" in result.stderr:
+        return True
+    raise StorageFailed(f"The image {path} can't be examined: {result.stderr.strip()[-200:]}.")
+
+
+class Monitor:
+    """The block nodes of one running QEMU domain."""
+
+    def __init__(self, pool: ConnectionPool, uuid: str) -> None:
+        self._pool = pool
+        self._uuid = uuid
+
+    def commit_behind(self, overlay: str, timeout: float) -> None:
+        """Commit `overlay`, which QEMU writes to unknown to libvirt, into its base, and drop it.
+
+        `timeout` in seconds bounds the commit. Raises StorageFailed and TimedOut.
+        """
+        node = self._node(overlay, driver=True)
+        if node is None:
+            raise StorageFailed("QEMU does not have the overlay open.")
+        job = f"snapd-vm-{node}"[:64]
+        deadline = time.monotonic() + timeout
+        self._execute("block-commit", {"job-id": job, "device": node})
+        while True:
+            state = next((j for j in self._execute("query-jobs") if j["id"] == job), None)
+            if state is None or state["status"] in ("aborting", "concluded", "null"):
+                raise StorageFailed("The commit of the overlay failed inside QEMU.")
+            if state["status"] == "ready":
+                break
+            if time.monotonic() > deadline:
+                self._execute("job-cancel", {"id": job})
+                raise TimedOut("The commit of the overlay did not get ready in time.")
+            time.sleep(0.02)
+        self._execute("job-complete", {"id": job})
+        while any(j["id"] == job for j in self._execute("query-jobs")):
+            if time.monotonic() > deadline:
+                raise TimedOut("The commit of the overlay did not end in time.")
+            time.sleep(0.02)
+        self.drop_nodes(overlay)
+
+    def drop_nodes(self, overlay: str) -> None:
+        """Remove the nodes that have `overlay` open and that nobody uses (blockdev-del)."""
+        for driver in (True, False):  # the format node holds the file's node
+            node = self._node(overlay, driver=driver)
+            if node is not None:
+                self._execute("blockdev-del", {"node-name": node})
+
+    def _node(self, overlay: str, *, driver: bool) -> str | None:
+        """The name of the format node (`driver`) or of the file's node of `overlay`."""
+        for node in self._execute("query-named-block-nodes", {"flat": True}):
+            is_file = node["drv"] in ("file", "host_device")
+            if node["file"] == overlay and is_file != driver:
+                return str(node["node-name"])
+        return None
+
+    def _execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        request = json.dumps({"execute": name, "arguments": arguments or {}})
+        with self._pool.connection() as connection:
+            domain = connection.lookupByUUIDString(self._uuid)
+            answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, request, 0))
+        if "error" in answer:
+            raise StorageFailed(f"QEMU refused {name}: {answer['error'].get('desc', '')}.")
+        log.info("asked QEMU's monitor of %s for %s", self._uuid, name)
+        return answer["return"]

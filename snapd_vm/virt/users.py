@@ -1,0 +1,78 @@
+"""Finds who else has an image in its backing chain; reads definitions and headers, changes nothing.
+
+libvirt does not refuse a snapshot or commit that pulls the base out from under another domain's
+linked clone; a golden image is gone then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from snapd_vm import storage
+from snapd_vm.model import Disk, Domain
+from snapd_vm.storage import FileId
+
+_MOST_IMAGES = 4096
+
+
+def user_of(
+    path: str, uuid: str, target: str, domains: Sequence[Domain], folders: Sequence[str]
+) -> str:
+    """Who has the image at `path` in its chain besides disk `target` of domain `uuid`; '' : nobody.
+
+    Looks at the definitions of all `domains`, live and persistent, and at the images in the same
+    folder and in `folders`. An image that some domain declares raw is not read: its content is the
+    guest's, and could name any file.
+    """
+    wanted = storage.file_id(path)
+    if wanted is None:
+        return ""
+    declared: set[FileId] = set()
+    for domain in domains:
+        for disk in _disks(domain):
+            if domain.uuid == uuid and disk.target == target:
+                declared.update(_identities([disk.path]))
+                continue
+            chain = _chain(disk)
+            if wanted in _identities([disk.path, *chain]):
+                return f"disk {disk.target} of domain {domain.name}"
+            declared.update(_identities([disk.path]))
+    for image in _images([os.path.dirname(path), *folders]):
+        found = storage.file_id(image)
+        if found is None or found == wanted or found in declared:
+            continue
+        if wanted in _identities(storage.backing_chain(image)):
+            return f"the image {image}"
+    return ""
+
+
+def _disks(domain: Domain) -> Iterator[Disk]:
+    yield from domain.disks
+    yield from domain.persistent_disks
+
+
+def _chain(disk: Disk) -> Iterator[str]:
+    yield from disk.chain
+    if disk.path and disk.format != "raw":
+        yield from storage.backing_chain(disk.path)
+
+
+def _identities(paths: Iterable[str]) -> set[FileId]:
+    return {found for path in paths if path and (found := storage.file_id(path)) is not None}
+
+
+def _images(folders: Iterable[str]) -> Iterator[str]:
+    """The files in the folders, each folder once; a folder under /dev holds no images."""
+    for folder in {os.path.realpath(folder) for folder in folders if folder}:
+        if folder == "/dev" or folder.startswith("/dev/"):
+            continue
+        try:
+            with os.scandir(folder) as entries:
+                for number, entry in enumerate(entries):
+                    if number >= _MOST_IMAGES:
+                        break
+                    if entry.is_file():
+                        yield entry.path
+        except OSError:
+            continue

@@ -1,0 +1,209 @@
+"""What stands in for the rest in the tests of the bus: an engine in memory, and a polkit on the bus."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import MessageType, RequestNameReply
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+from snapd_vm.bus.polkit import INTERFACE, NAME
+from snapd_vm.engine.service import Listener
+from snapd_vm.errors import NoSuchDisk, NoSuchDomain
+from snapd_vm.model import (
+    AgentChannel,
+    Consistency,
+    Disk,
+    DiskReport,
+    Domain,
+    Found,
+    Plan,
+    Request,
+    Snapshot,
+    SnapshotState,
+    Target,
+)
+
+
+def uuid(number: int) -> str:
+    """A UUID that one can read."""
+    return f"0a0b0c0d-1111-2222-3333-{number:012d}"
+
+
+def make_disk(target: str = "vda", path: str = "/pool/vm.qcow2") -> Disk:
+    """A disk in a qcow2 file."""
+    return Disk(
+        target=target,
+        device="disk",
+        type="file",
+        format="qcow2",
+        path=path,
+        source_xml=f"<source file='{path}'/>",
+        xml=f"<disk type='file'><source file='{path}'/><target dev='{target}'/></disk>",
+        declared_source={"type": "file", "file": path},
+    )
+
+
+def make_domain(number: int = 1, **changes: Any) -> Domain:
+    """A running domain with one disk and an agent."""
+    domain = Domain(
+        uuid=uuid(number),
+        name=f"vm{number}",
+        id=number,
+        state="running",
+        driver="kvm",
+        persistent=True,
+        disks=(make_disk(path=f"/pool/vm{number}.qcow2"),),
+        agent=AgentChannel("org.qemu.guest_agent.0", "", True),
+    )
+    return replace(domain, **changes)
+
+
+def make_snapshot(number: int = 1, domain: int = 1, **changes: Any) -> Snapshot:
+    """A snapshot of that domain's vda."""
+    snapshot = Snapshot(
+        uuid=uuid(1000 + number),
+        name=f"label{number}",
+        domain_uuid=uuid(domain),
+        domain_name=f"vm{domain}",
+        target=Target("qemu", "vda", {"overlay": "/pool/overlay.qcow2"}),
+        created_us=1_700_000_000_000_000,
+        state=SnapshotState.READY,
+        consistency=Consistency.QUIESCED,
+        frozen_filesystems=2,
+        frozen_us=45_000,
+        format="qcow2",
+        size=1 << 33,
+        backup_source="<source file='/pool/vm1.qcow2'/>",
+        modified_disk="<disk type='file'/>",
+    )
+    return replace(snapshot, **changes)
+
+
+class FakeEngine:
+    """The engine behind the seam, in memory. `work` is awaited in the place of the real work."""
+
+    uri = "test:///default"
+    methods: Sequence[str] = ("qemu",)
+
+    def __init__(self, domains: int = 2) -> None:
+        self.connected = True
+        self.domains: dict[str, Domain] = {
+            uuid(n): make_domain(n) for n in range(1, domains + 1)
+        }
+        self.snapshots: dict[str, Snapshot] = {}
+        self.listeners: list[Listener] = []
+        self.calls: list[tuple[str, Any]] = []
+        self.work: Callable[[], Any] | None = None
+
+    def subscribe(self, listener: Listener) -> None:
+        self.listeners.append(listener)
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(*arguments)
+
+    def find(self, request: Request) -> Found:
+        domain = next(
+            (
+                d
+                for d in self.domains.values()
+                if d.uuid == request.uuid or (request.domain and d.name == request.domain)
+            ),
+            None,
+        )
+        if domain is None:
+            return Found(error=NoSuchDomain("There is no such domain."))
+        disk = domain.disk(request.disk.target)
+        if disk is None:
+            return Found(domain, error=NoSuchDisk("There is no such disk."))
+        return Found(domain, disk)
+
+    async def create(self, found: Found, request: Request) -> Snapshot:
+        await self._do("create", request)
+        return make_snapshot(modified_disk="<disk now='overlay'/>", backup_source="<source/>")
+
+    async def plan(self, found: Found, request: Request) -> Plan:
+        await self._do("plan", request)
+        return Plan("qemu", "<source/>", Consistency.QUIESCED, 1 << 40, 1 << 41, ("careful",))
+
+    async def disks(self, domain_uuid: str) -> Sequence[DiskReport]:
+        await self._do("disks", domain_uuid)
+        return [DiskReport(disk, "qemu", "because") for disk in self.domains[domain_uuid].disks]
+
+    async def backup_source(self, snapshot_uuid: str) -> str:
+        await self._do("backup_source", snapshot_uuid)
+        return self.snapshots[snapshot_uuid].backup_source
+
+    async def modified_disk(self, snapshot_uuid: str) -> str:
+        await self._do("modified_disk", snapshot_uuid)
+        return self.snapshots[snapshot_uuid].modified_disk
+
+    async def _do(self, what: str, argument: Any) -> None:
+        self.calls.append((what, argument))
+        if self.work is not None:
+            await self.work()
+
+
+@dataclass
+class Question:
+    """A CheckAuthorization as the stand-in got it."""
+
+    sender: str
+    action: str
+    details: Mapping[str, str]
+    flags: int
+    cancellation_id: str
+
+
+YES = (True, False, {})
+NO = (False, False, {})
+CHALLENGE = (False, True, {})
+DISMISSED = (False, False, {"polkit.dismissed": "true"})
+
+
+@dataclass
+class StandInPolkit:
+    """Owns polkit's name and answers `verdict`, an error name, or (None) never."""
+
+    bus: MessageBus
+    verdict: tuple[bool, bool, dict[str, str]] | str | None = YES
+    by_action: dict[str, Any] = field(default_factory=dict)
+    delay: float = 0.0
+    questions: list[Question] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+    async def begin(self) -> None:
+        self.bus.add_message_handler(self._handle)
+        assert await self.bus.request_name(NAME) == RequestNameReply.PRIMARY_OWNER
+
+    async def end(self) -> None:
+        await self.bus.release_name(NAME)
+
+    def _handle(self, message: Message) -> Message | bool | None:
+        if message.message_type is not MessageType.METHOD_CALL or message.interface != INTERFACE:
+            return None
+        if message.member == "CancelCheckAuthorization":
+            self.cancelled.append(message.body[0])
+            return True
+        subject, action, details, flags, cancellation_id = message.body
+        assert subject[0] == "system-bus-name"
+        name = subject[1]["name"]
+        assert isinstance(name, Variant)
+        assert name.signature == "s"
+        self.questions.append(Question(name.value, action, details, flags, cancellation_id))
+        verdict = self.by_action.get(action, self.verdict)
+        if verdict is not None:
+            asyncio.get_running_loop().call_later(self.delay, self._answer, message, verdict)
+        return True
+
+    def _answer(self, message: Message, verdict: Any) -> None:
+        if isinstance(verdict, str):
+            self.bus.send(Message.new_error(message, verdict, "as the test says"))
+        else:
+            self.bus.send(Message.new_method_return(message, "(bba{ss})", [list(verdict)]))

@@ -1,0 +1,130 @@
+"""Runs the software under test: the daemon, with a configuration of the test's making, on the lab's bus."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.lab.bus import NAME, Bus
+from tests.lab.deadline import LabError, wait_until
+from tests.lab.process import Process, end, tail
+from tests.lab.program import CHECKOUT
+from tests.lab.run import Run
+
+ARGV = (sys.executable, "-m", "snapd_vm", "daemon")
+
+
+def toml(values: Mapping[str, Any], prefix: str = "") -> str:
+    """Write a TOML document: plain values of a table first, then the tables in it."""
+    lines = []
+    for key, value in values.items():
+        if not isinstance(value, Mapping):
+            # JSON's strings, numbers, true, false and lists of them are TOML's as well
+            lines.append(f"{json.dumps(key)} = {json.dumps(value)}")
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            name = f"{prefix}{json.dumps(key)}"
+            lines += [f"[{name}]", toml(value, f"{name}.")]
+    return "\n".join(lines) + "\n"
+
+
+class Daemon:
+    """`snapd-vm daemon`, not running until `start()`."""
+
+    def __init__(self, run: Run, bus: Bus, uri: str) -> None:
+        self._run = run
+        self._bus = bus
+        self._uri = uri
+        self._process: Process | None = None
+        self.state_dir = run.folder / "daemon"
+        self.config_file = run.folder / "snapd-vm.toml"
+        self.log_file = run.folder / "daemon.log"
+        self.config: dict[str, Any] = {}
+        self.argv: Sequence[str | Path] = ARGV
+        self.env: Mapping[str, str] = {}
+
+    @property
+    def pid(self) -> int:
+        """The pid of the running daemon."""
+        if self._process is None:
+            raise LabError("the daemon was not started")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether its process lives."""
+        return self._process is not None and self._process.alive()
+
+    @property
+    def log(self) -> str:
+        """All it has written to stderr (and stdout) so far, in all its lives."""
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def start(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        argv: Sequence[str | Path] | None = None,
+        env: Mapping[str, str] | None = None,
+        wait: float = 30,
+    ) -> None:
+        """Start it, and wait until it owns its name; `wait=0` does not wait.
+
+        `config` holds what differs from the lab's own (uri, state_dir), tables as dicts; `argv`, to
+        which `--config FILE` is added, is another way to start it. What is given is kept for later
+        starts.
+        """
+        if self.running:
+            raise LabError("the daemon runs already")
+        if config is not None:
+            self.config = dict(config)
+        self.argv = argv or self.argv
+        self.env = env if env is not None else self.env
+        whole = {"uri": self._uri, "state_dir": str(self.state_dir), **self.config}
+        self.config_file.write_text(toml(whole))
+        self._process = self._run.start(
+            "daemon",
+            [*self.argv, "--config", self.config_file],
+            self.log_file,
+            env={"PYTHONUNBUFFERED": "1", **self._bus.env, **self.env},
+            cwd=CHECKOUT,
+        )
+        if wait:
+            self.wait_ready(wait)
+
+    def wait_ready(self, timeout: float = 30) -> None:
+        """Wait until it owns its name on the bus."""
+
+        def ready() -> bool:
+            if not self.running:
+                raise LabError(f"the daemon ended:\n{tail(self.log_file, 4000)}")
+            return self._bus.owned(NAME)
+
+        wait_until("the daemon owns its name", ready, timeout, 0.05)
+
+    def stop(self, timeout: float = 30) -> None:
+        """SIGTERM, and wait for the end; being still there after `timeout` is an error."""
+        if self._process is None:
+            return
+        process = self._process
+        process.signal(signal.SIGTERM)
+        try:
+            wait_until("the daemon ends after SIGTERM", lambda: not process.alive(), timeout)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.signal(signal.SIGKILL)
+            end(self._process)
+            self._process = None
+
+    def restart(self) -> None:
+        """Stop, and start as before."""
+        self.stop()
+        self.start()

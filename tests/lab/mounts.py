@@ -1,0 +1,61 @@
+"""What is mounted below a folder and which loop devices have their files there, and takes both away.
+
+The kernel is asked, not a list of our own: a run that was killed had no time to keep one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tests.lab.deadline import LabError, wait_until
+from tests.lab.program import run
+
+
+def mounts_below(folder: Path) -> list[Path]:
+    """Mount points in the folder, the last mounted first."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [Path(_unescaped(line.split()[4])) for line in lines]
+    return [point for point in reversed(points) if point.is_relative_to(folder)]
+
+
+def _unescaped(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def loops_below(folder: Path) -> Iterator[Path]:
+    """Loop devices whose file is in the folder, also if the file has been removed."""
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # detached in this moment
+            name = backing.read_text().strip().removesuffix(" (deleted)")
+            if Path(name).is_relative_to(folder):
+                yield Path("/dev") / backing.parts[3]
+
+
+def detach_below(folder: Path) -> None:
+    """Unmount and detach all of it; whoever uses it must be gone already."""
+    for point in mounts_below(folder):
+        unmount(point)
+    for device in loops_below(folder):
+        detach(device)
+
+
+def unmount(point: Path) -> None:
+    """Unmount, with some patience: QEMU's last flush may come after its end has been seen."""
+
+    def gone() -> bool:
+        with suppress(LabError):
+            run("umount", point)
+            return True
+        return point not in mounts_below(point)
+
+    wait_until(f"unmount {point}", gone, 10, 0.1)
+
+
+def detach(device: Path) -> None:
+    """Detach a loop device, and wait until it is: the kernel puts it off while it is open."""
+    run("losetup", "-d", device)
+    backing = Path("/sys/block") / device.name / "loop/backing_file"
+    wait_until(f"detach {device}", lambda: not backing.exists(), 10)

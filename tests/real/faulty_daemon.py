@@ -1,0 +1,69 @@
+"""The daemon, started so that it stumbles where a test says; everything else is the real thing.
+
+    python -m tests.real.faulty_daemon --at STEP --do kill|stop|sleep:SECONDS|raise --config FILE
+
+The fault comes the first time that a Create reaches STEP, and only in this life of the daemon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from snapd_vm import config, daemon, journald
+from snapd_vm.engine.journal import Journal, Step
+from snapd_vm.errors import StorageFailed
+
+
+class Fault:
+    """Calls for the fault once."""
+
+    def __init__(self, step: Step, do: str) -> None:
+        self._step = step
+        self._do = do
+        self._done = False
+
+    def __call__(self, step: Step) -> None:
+        if step is not self._step or self._done:
+            return
+        self._done = True
+        if self._do == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._do == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self._do == "raise":
+            raise StorageFailed("A fault was asked for.")
+        elif self._do.startswith("sleep:"):
+            time.sleep(float(self._do.removeprefix("sleep:")))
+        elif self._do.startswith("wait:"):
+            # Tell the test that the moment has come, and wait until it has done its worst.
+            flag = Path(self._do.removeprefix("wait:"))
+            flag.touch()
+            deadline = time.monotonic() + 60
+            while flag.exists() and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+
+def main() -> int:
+    """Run it; the daemon's exit status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--at", type=Step, required=True)
+    parser.add_argument("--do", required=True)
+    parser.add_argument("--config", type=Path, required=True)
+    asked = parser.parse_args()
+    journald.set_up()
+    settings = config.load(asked.config)
+    journal = Journal(settings.state_dir)
+    try:
+        return asyncio.run(daemon.serve(settings, journal, reach=Fault(asked.at, asked.do)))
+    finally:
+        journal.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""What `make install` puts where, and that it works from there; and what a wheel carries."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from snapd_vm import __version__
+from tests.fake_service import FakeService
+from tests.lab import Lab
+
+ROOT = Path(__file__).parent.parent
+NAME = "org.example.DiskSnapshot"
+SYSTEM_PYTHON = Path("/usr/bin/python3")
+SHARE = "usr/share"
+FILES = {
+    "usr/bin/snapd-vm": 0o755,
+    "usr/lib/snapd-vm/snapd_vm/__init__.py": 0o644,
+    "usr/lib/snapd-vm/snapd_vm/__main__.py": 0o644,
+    "usr/lib/snapd-vm/snapd_vm/bus/__init__.py": 0o644,
+    f"usr/lib/snapd-vm/snapd_vm/data/{NAME}.xml": 0o644,
+    "usr/lib/snapd-vm/snapd_vm/data/diskSnapshot.rng": 0o644,
+    "usr/lib/systemd/system/snapd-vm.service": 0o644,
+    f"{SHARE}/dbus-1/system.d/{NAME}.conf": 0o644,
+    f"{SHARE}/dbus-1/system-services/{NAME}.service": 0o644,
+    f"{SHARE}/dbus-1/interfaces/{NAME}.xml": 0o644,
+    f"{SHARE}/polkit-1/actions/{NAME}.policy": 0o644,
+    f"{SHARE}/snapd-vm/diskSnapshot.rng": 0o644,
+    f"{SHARE}/bash-completion/completions/snapd-vm": 0o644,
+    f"{SHARE}/man/man1/snapd-vm.1": 0o644,
+    f"{SHARE}/man/man5/snapd-vm.toml.5": 0o644,
+    f"{SHARE}/doc/snapd-vm/README.md": 0o644,
+    f"{SHARE}/doc/snapd-vm/CHANGELOG.md": 0o644,
+    f"{SHARE}/doc/snapd-vm/LICENSE": 0o644,
+    f"{SHARE}/doc/snapd-vm/examples/snapd-vm.toml": 0o644,
+    f"{SHARE}/doc/snapd-vm/examples/50-snapd-vm-backup-operators.rules": 0o644,
+}
+
+
+def run(*argv: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
+    done = subprocess.run(
+        [str(word) for word in argv],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def make(target: str, folder: Path, **variables: str | Path) -> None:
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    run("make", "--silent", target, f"DESTDIR={folder}", *settings)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    old = os.umask(0o077)  # an administrator's; what is installed must be readable all the same
+    try:
+        make("install", folder)
+    finally:
+        os.umask(old)
+    return folder
+
+
+def test_every_file_lands_as_a_file_with_its_mode(installed: Path) -> None:
+    for name, mode in FILES.items():
+        path = installed / name
+        assert path.is_file() and not path.is_symlink(), name
+        assert path.stat().st_mode & 0o7777 == mode, name
+    for folder in (path for path in (installed / "usr").rglob("*") if path.is_dir()):
+        assert folder.stat().st_mode & 0o777 == 0o755, folder
+
+
+def test_the_whole_package_lands_and_nothing_else(installed: Path) -> None:
+    def sources(folder: Path) -> set[str]:
+        kinds = {".py", ".xml", ".rng"}
+        found = (
+            Path(root) / n for root, _, names in os.walk(folder, followlinks=True) for n in names
+        )
+        return {str(path.relative_to(folder)) for path in found if path.suffix in kinds}
+
+    package = installed / "usr/lib/snapd-vm/snapd_vm"
+    assert sources(package) == sources(ROOT / "snapd_vm")
+    assert not list(installed.rglob("*test*"))
+
+
+def test_the_installed_command_starts_from_there(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapd_vm.py").write_text("raise SystemExit('not this one')")
+    shown = run(
+        installed / "usr/bin/snapd-vm",
+        "--version",
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert shown == f"snapd-vm {__version__}\n"
+
+
+def test_the_modules_are_compiled_for_where_they_will_be(installed: Path) -> None:
+    (compiled,) = (installed / "usr/lib/snapd-vm/snapd_vm/__pycache__").glob("cli.*.pyc")
+    assert b"/usr/lib/snapd-vm/snapd_vm/cli.py" in compiled.read_bytes()
+    assert str(installed).encode() not in compiled.read_bytes()
+
+
+def test_systemd_finds_no_fault_with_the_installed_unit(installed: Path) -> None:
+    unit = installed / "usr/lib/systemd/system/snapd-vm.service"
+    # What the unit starts, it must find: the installation is the root directory here.
+    verified = subprocess.run(
+        [
+            "systemd-analyze",
+            "verify",
+            "--man=no",
+            "--recursive-errors=no",
+            f"--root={installed}",
+            unit,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (verified.returncode, verified.stderr) == (0, "")
+
+
+def test_another_prefix_is_followed_everywhere(tmp_path: Path) -> None:
+    make("install", tmp_path, PREFIX="/opt/snapd")
+    unit = (tmp_path / "opt/snapd/lib/systemd/system/snapd-vm.service").read_text()
+    assert "ExecStart=/opt/snapd/bin/snapd-vm daemon\n" in unit
+    assert "ExecStopPost=/opt/snapd/bin/snapd-vm daemon --thaw-held\n" in unit
+    assert "/usr/bin/snapd-vm" not in unit
+    assert run(tmp_path / "opt/snapd/bin/snapd-vm", "--version") == f"snapd-vm {__version__}\n"
+    assert not (tmp_path / "usr").exists()
+
+
+def test_uninstall_takes_away_all_that_install_put_there(tmp_path: Path) -> None:
+    make("install", tmp_path)
+    (tmp_path / "etc/snapd-vm/snapd-vm.toml").write_text("")
+    make("uninstall", tmp_path)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [tmp_path / "etc/snapd-vm/snapd-vm.toml"]
+    assert not (tmp_path / SHARE / "doc/snapd-vm").exists()
+
+
+def test_a_build_carries_the_data_files(tmp_path: Path) -> None:
+    # What a wheel is packed from; the wheel itself would need a package from an index.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("snapd_vm", "data"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    run(
+        sys.executable,
+        "-c",
+        "import setuptools; setuptools.setup()",
+        "--quiet",
+        "build",
+        f"--build-base={tmp_path / 'build'}",
+        cwd=source,
+    )
+    built = tmp_path / "build/lib/snapd_vm"
+    for name in (f"{NAME}.xml", "diskSnapshot.rng"):
+        assert (built / "data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+    modules = {
+        str(path.relative_to(ROOT / "snapd_vm")) for path in (ROOT / "snapd_vm").rglob("*.py")
+    }
+    assert modules == {str(path.relative_to(built)) for path in built.rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def bus() -> Iterator[str]:
+    if os.geteuid() != 0:
+        pytest.skip("the lab's bus needs root")
+    with Lab(libvirt=False, polkit=False) as lab:
+        yield lab.address
+
+
+def readme_examples() -> str:
+    """The examples of the README that say of themselves that they are tested, in their order."""
+    blocks = re.findall(r"<!-- tested -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 3
+    return "".join(blocks)
+
+
+def test_the_examples_of_the_readme_are_calls_that_a_service_gets(bus: str) -> None:
+    with FakeService(bus) as service:
+        shown = run("bash", "-euc", readme_examples(), env={"DBUS_SYSTEM_BUS_ADDRESS": bus})
+        assert [call.body for call in service.calls if call.member == "Create"] == [
+            ["<disk><target dev='vda'/></disk>", "", "nightly", 1],
+            [
+                "<domain><name>web</name><devices><disk><target dev='vda'/></disk></devices>"
+                "</domain>",
+                "<diskSnapshot method='qemu'/>",
+                "weekly",
+                0,
+            ],
+        ]
+        assert {"Disks", "Plan", "FindDomain", "GetManagedObjects"} <= {
+            str(call.member) for call in service.calls
+        }
+    assert "ds:consistency" in shown
