@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from snapd_vm import __version__, config, journald
-from snapd_vm.bus.connection import CallFailed, ConnectionLost, NameTaken
+from snapd_vm.bus.remote import CallFailed, ConnectionLost, NameTaken
 from snapd_vm.bus.served import DiskSnapshotBus
 from snapd_vm.config import Config
 from snapd_vm.engine import recovery

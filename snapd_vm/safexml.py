@@ -44,11 +44,11 @@ def place(element: etree._Element) -> str:
     return f"line {element.sourceline}, element <{shown(name)}>"
 
 
-def parse(text: str, limit: int = MAX_BYTES) -> etree._Element:
+def parse(text: str, limit: int = MAX_BYTES, *, whole: bool = False) -> etree._Element:
     """The root element of `text`, which may have at most `limit` bytes of UTF-8.
 
     For XML of a trusted origin; a stranger's goes through `read`. Comments and processing
-    instructions are dropped. Raises InvalidXML.
+    instructions are dropped unless the `whole` is wanted, to be written again. Raises InvalidXML.
     """
     if len(text) > limit:  # before it is encoded: ten megabytes cost nothing
         raise InvalidXML(f"The XML is longer than {limit} bytes; send a shorter one.")
@@ -75,8 +75,9 @@ def parse(text: str, limit: int = MAX_BYTES) -> etree._Element:
         attribute_defaults=False,
         huge_tree=False,
         recover=False,
-        remove_comments=True,
-        remove_pis=True,
+        remove_comments=not whole,
+        remove_pis=not whole,
+        strip_cdata=not whole,
     )
     try:
         root = etree.fromstring(data, parser)

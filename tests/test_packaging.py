@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,12 +15,13 @@ import pytest
 
 from snapd_vm import __version__
 from tests.fake_service import FakeService
-from tests.lab import Lab
+from tests.lab import Guest, Lab
 
 ROOT = Path(__file__).parent.parent
 NAME = "org.example.DiskSnapshot"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 SHARE = "usr/share"
+UNIT = "usr/lib/systemd/system/snapd-vm.service"
 FILES = {
     "usr/bin/snapd-vm": 0o755,
     "usr/lib/snapd-vm/snapd_vm/__init__.py": 0o644,
@@ -210,3 +212,79 @@ def test_the_examples_of_the_readme_are_calls_that_a_service_gets(bus: str) -> N
             str(call.member) for call in service.calls
         }
     assert "ds:consistency" in shown
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Guest, Path]]:
+    """A guest, and the installed daemon confined as its unit says; and where it is installed."""
+    if os.geteuid() != 0:
+        pytest.skip("libvirtd and QEMU need root")
+    folder = tmp_path_factory.mktemp("confined")
+    make("install", folder, INSTALL_PYTHON=sys.executable)
+    unit, command = (folder / path for path in (UNIT, "usr/bin/snapd-vm"))
+    with Lab() as lab:
+        guest = lab.guest(name="web")
+        lab.daemon.start(argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
+        yield lab, guest, command
+        lab.daemon.stop()
+        guest.control.close()
+
+
+def test_the_sandbox_of_the_unit_holds() -> None:
+    # Else the next test would prove nothing.
+    tried = (
+        "import mmap, os, socket, subprocess\n"
+        "def refused(call, *arguments, **options):\n"
+        "    try:\n"
+        "        call(*arguments, **options)\n"
+        "    except OSError:\n"
+        "        return True\n"
+        "print([refused(socket.socket, socket.AF_PACKET, socket.SOCK_RAW),\n"
+        "       refused(mmap.mmap, -1, 4096, prot=7), refused(os.mknod, '/dev/x', 0o060600),\n"
+        "       refused(open, '/usr/x', 'w'), refused(open, '/proc/sys/x', 'w'),\n"
+        "       refused(os.chmod, '.', 0o4755), refused(os.setuid, 1), refused(os.chroot, '/')])"
+    )
+    confined = (sys.executable, "-m", "tests.confine", ROOT / "systemd/snapd-vm.service")
+    assert run(*confined, sys.executable, "-c", tried).strip() == str([True] * 8)
+
+
+def test_confined_as_the_unit_says_the_installed_daemon_makes_a_quiesced_snapshot(
+    served: tuple[Lab, Guest, Path],
+) -> None:
+    lab, guest, command = served
+    options = ("--name", "confined", "--quiesce-required", "--json")
+    made = lab.as_user(None, [command, "create", guest.name, "vda", *options])
+    assert made.returncode == 0, made.stderr + lab.daemon.log
+    answer = json.loads(made.stdout)
+    assert (answer["consistency"], answer["domain"]) == ("quiesced", guest.name)
+    guest.writes_go_on()
+    listed = lab.as_user(None, [command, "list", guest.uuid]).stdout
+    assert listed.splitlines()[1].split()[:3] == [guest.name, "vda", "confined"]
+    refused = lab.as_user(None, [command, "create", guest.name, "vda", "--name", "confined"])
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("snapd-vm: error: ")
+    assert "confined" in refused.stderr
+
+
+def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:
+    lab, guest, command = served
+    examples = readme_examples().replace("web", guest.name)
+    shown = lab.as_user(None, ["bash", "-euc", examples], 120)
+    assert shown.returncode == 0, shown.stderr
+    answer = lab.as_user(None, [command, "list", "--json"])
+    assert {"nightly", "weekly"} <= {snapshot["name"] for snapshot in json.loads(answer.stdout)}
+
+
+def test_the_thaw_after_the_daemons_end_works_confined_too(
+    served: tuple[Lab, Guest, Path],
+) -> None:
+    lab, _, command = served
+    lab.daemon.stop()
+    confined = (sys.executable, "-m", "tests.confine", ROOT / "systemd/snapd-vm.service")
+    run(*confined, command, "daemon", "--thaw-held", "--config", lab.daemon.config_file)
+
+
+def test_the_demo_keeps_its_promises() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("libvirtd and QEMU need root")
+    assert run(sys.executable, "-m", "tests.lab.demo").endswith("All as promised.\n")

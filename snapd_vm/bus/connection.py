@@ -1,9 +1,9 @@
 """The connection to the system bus: the only import of dbus-next in the service.
 
-dbus-next 0.2.3 does the address, the authentication, Hello, and the marshalling of values. Its reader
-drops the connection on a message that it can't read, its writer on a full socket, and its line reader
-spins for ever when the bus hangs up in the authentication: bus/reader.py, bus/writer.py and
-`_auth_line` stand in their places. Decides nothing about calls.
+dbus-next 0.2.3 does the address, the authentication, Hello and the marshalling. Its reader takes in
+whatever anybody sends, its writer drops the connection on a full socket, and its line reader spins
+for ever when the bus hangs up in the authentication: bus/reader.py, bus/writer.py and `_auth_line`
+stand in their places. Decides nothing about calls.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dbus_next._private.marshaller import Marshaller
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType, MessageFlag, MessageType, NameFlag, RequestNameReply
@@ -22,30 +23,25 @@ from dbus_next.signature import SignatureTree, Variant
 
 from snapd_vm.bus import wire
 from snapd_vm.bus.reader import Reader
-from snapd_vm.bus.remote import ADD_MATCH, BUS, LEAVING, PING, REMOVE_MATCH, REQUEST_NAME, Remote
-from snapd_vm.bus.wire import Incoming, Typed
+from snapd_vm.bus.remote import (
+    ADD_MATCH,
+    BUS,
+    LEAVING,
+    PING,
+    REMOVE_MATCH,
+    REQUEST_NAME,
+    CallFailed,
+    ConnectionLost,
+    NameTaken,
+    Remote,
+)
+from snapd_vm.bus.wire import Dictionary, Entry, Incoming, Typed, with_entries
 from snapd_vm.bus.writer import Writer
 
 log = logging.getLogger(__name__)
 
 ANSWER_LIMIT_S = 25.0
 """How long another service may take to answer, as libdbus has it."""
-
-
-class ConnectionLost(Exception):
-    """There is no connection to the bus, or no more; the message says why."""
-
-
-class NameTaken(Exception):
-    """Another process owns the name."""
-
-
-class CallFailed(Exception):
-    """A call of ours was answered by an error, or by something that does not belong there."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(f"{name}: {text}")
-        self.name = name
 
 
 class Connection:
@@ -100,37 +96,23 @@ class Connection:
 
     def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
         """Sends a signal to all who listen; to nobody if the connection is gone."""
-        self._send(
-            MessageType.SIGNAL,
-            signature,
-            body,
-            path=path,
-            interface=interface,
-            member=member,
-        )
+        fields = {"path": path, "interface": interface, "member": member}
+        self._send(MessageType.SIGNAL, signature, body, **fields)
 
     def answer(self, call: Incoming, signature: str, body: Sequence[Any]) -> None:
-        """Answers a call, if its sender waits. Raises ValueError for a body that does not fit."""
+        """Answers a call, if its sender waits. Raises ValueError for a body that does not fit.
+
+        A body that is one wire.Dictionary is put together from what was marshalled before.
+        """
         if call.wants_reply:
-            self._send(
-                MessageType.METHOD_RETURN,
-                signature,
-                body,
-                destination=call.sender,
-                reply_serial=call.serial,
-            )
+            to = {"destination": call.sender, "reply_serial": call.serial}
+            self._send(MessageType.METHOD_RETURN, signature, body, **to)
 
     def answer_error(self, call: Incoming, name: str, text: str) -> None:
         """Answers a call with an error, if its sender waits."""
         if call.wants_reply:
-            self._send(
-                MessageType.ERROR,
-                "s",
-                [text],
-                destination=call.sender,
-                reply_serial=call.serial,
-                error_name=name,
-            )
+            to = {"destination": call.sender, "reply_serial": call.serial}
+            self._send(MessageType.ERROR, "s", [text], error_name=name, **to)
 
     async def call(
         self, method: Remote, body: Sequence[Any], limit: float = ANSWER_LIMIT_S
@@ -194,13 +176,18 @@ class Connection:
         """Marshals, which may raise ValueError, and sends; does nothing when disconnected."""
         if not self.connected:
             return
+        parts: list[bytes] = []
+        if len(body) == 1 and isinstance(body[0], Dictionary):
+            parts = [_marshalled(entry, signature) for entry in body[0].entries]
+            body = [{}]
         message = Message(
             message_type=kind,
             signature=signature,
             body=[outgoing(value) for value in body],
             **{"serial": self._bus.next_serial(), **fields},
         )
-        self._writer.write(bytes(message._marshall()))
+        data = bytes(message._marshall())  # type: ignore[no-untyped-call]
+        self._writer.write(with_entries(data, parts) if parts else data)
 
     def _dispatch(self, message: Incoming) -> None:
         if message.kind == wire.METHOD_CALL:
@@ -286,6 +273,13 @@ def decode(message: Incoming, signature: str) -> list[Any]:
     reader.buf = bytearray(message.body)
     reader.endian = ord("l") if message.little_endian else ord("B")
     return [reader.read_argument(kind) for kind in SignatureTree._get(signature).types]
+
+
+def _marshalled(entry: Entry, signature: str) -> bytes:
+    if not entry.marshalled:
+        whole = Marshaller(signature, [{entry.key: outgoing(entry.value)}])  # type: ignore[no-untyped-call]
+        entry.marshalled = bytes(whole.marshall()[8:])  # type: ignore[no-untyped-call]
+    return entry.marshalled
 
 
 def outgoing(value: Any) -> Any:

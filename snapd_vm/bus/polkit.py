@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from snapd_vm.bus.calls import Action, Details
-from snapd_vm.bus.connection import CallFailed, Connection, ConnectionLost
-from snapd_vm.bus.remote import CONNECTION_USER, Remote
+from snapd_vm.bus.connection import Connection
+from snapd_vm.bus.remote import CONNECTION_USER, CallFailed, ConnectionLost, Remote
 from snapd_vm.bus.wire import Typed
 from snapd_vm.errors import NotAuthorized, NotAuthorizedCanObtain, NotAuthorizedDismissed
 

@@ -1,4 +1,4 @@
-"""Methods of the bus itself that we call, and how such a method is written down."""
+"""Methods of other services that we call: how one is written down, and how a call can fail."""
 
 from __future__ import annotations
 
@@ -32,3 +32,19 @@ LEAVING = (
     "type='signal',sender='org.freedesktop.DBus',path='/org/freedesktop/DBus',"
     "interface='org.freedesktop.DBus',member='NameOwnerChanged',arg2=''"
 )
+
+
+class ConnectionLost(Exception):
+    """There is no connection to the bus, or no more; the message says why."""
+
+
+class NameTaken(Exception):
+    """Another process owns the name."""
+
+
+class CallFailed(Exception):
+    """A call of ours was answered by an error, or by something that does not belong there."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.name = name

@@ -83,7 +83,7 @@ def get_machine_id(tree: Tree, node: Node | None) -> Sequence[object]:
 @open_to_all(Root, OBJECT_MANAGER, "GetManagedObjects")
 def get_managed_objects(tree: Tree, node: Root) -> Sequence[object]:
     """Every object below the root with all its properties."""
-    return ({path: tree.all_properties(below) for path, below in tree.below_root()},)
+    return (tree.managed_objects(),)
 
 
 @cache

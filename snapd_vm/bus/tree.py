@@ -21,7 +21,7 @@ from snapd_vm.bus.contract import (
     SNAPSHOT,
     Contract,
 )
-from snapd_vm.bus.wire import Typed
+from snapd_vm.bus.wire import Dictionary, Entry, Typed
 from snapd_vm.engine.service import Service
 from snapd_vm.model import ROOT_PATH, Domain, Snapshot, domain_path, snapshot_path
 
@@ -104,6 +104,7 @@ class Tree:
         self.contract = contract
         self.service = service
         self.root = Root(service, version)
+        self._managed: dict[str, tuple[Node, Entry]] = {}
 
     def resolve(self, path: str) -> Node | None:
         """The object at a path, or None."""
@@ -147,8 +148,20 @@ class Tree:
         """The properties of all our interfaces of an object, by interface."""
         return {name: self.properties(node, name) for name in INTERFACES[type(node)]}
 
-    def below_root(self) -> Iterator[tuple[str, Node]]:
-        """Every object below the root, with its path."""
+    def managed_objects(self) -> Dictionary:
+        """Every object below the root by its path, with all its properties.
+
+        An object's entry is made anew only when the object is another than last time.
+        """
+        before, self._managed = self._managed, {}
+        for path, node in self._below_root():
+            known = before.get(path)
+            if known is None or known[0] is not node:
+                known = (node, Entry(path, self.all_properties(node)))
+            self._managed[path] = known
+        return Dictionary([entry for _, entry in self._managed.values()])
+
+    def _below_root(self) -> Iterator[tuple[str, Node]]:
         for uuid, domain in self.service.domains.items():
             yield domain_path(uuid), domain
         for uuid, snapshot in self.service.snapshots.items():

@@ -1,16 +1,16 @@
-"""Messages as they come off the socket: framing and headers, and nothing that can raise on a body.
+"""Messages as they come off the socket: framing and headers, with the body left as bytes.
 
-dbus-next unmarshals every message whole before anybody looks at it, and drops the connection on one
-that it can't read; that would let any local user end the daemon, or stall it for many seconds with
-32 MiB of variants. So bodies stay bytes here until the guard knows that their signature is one it
-expects. The bus has validated what it forwards (libdbus, `_dbus_validate_body_with_reason`). Knows
-nothing of dbus-next.
+dbus-next unmarshals every message whole before anybody looks at it: measured, 24 MiB of variants
+from any local user stall it for 22 s and cost 850 MB; what it can't read ends the connection. So
+bodies stay bytes until the guard knows that their signature is one it expects. The bus has
+validated what it forwards (libdbus, `_dbus_validate_body_with_reason`). Knows nothing of dbus-next.
 """
 
 from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,22 @@ class Typed:
 
     signature: str
     value: object
+
+
+@dataclass(slots=True)
+class Entry:
+    """An entry of a Dictionary; once marshalled it is kept, for the next time."""
+
+    key: str
+    value: object
+    marshalled: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """A dictionary that is the whole body of a message, made of entries that are often the same."""
+
+    entries: Sequence[Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +194,17 @@ def _read_fields(frame: bytes, order: str, end: int) -> dict[int, str | int]:
             raise HeaderUnreadable(f"header field {code} is of an unknown type")
         found[code] = value
     raise HeaderUnreadable(f"more than {FIELD_LIMIT} header fields")
+
+
+def with_entries(message: bytes, entries: Sequence[bytes]) -> bytes:
+    """The message, whose body is an empty dictionary, with these entries in it.
+
+    An entry begins at a multiple of 8 wherever it stands, so its bytes are always the same. The
+    length of the array does not count the padding before its first entry.
+    """
+    padded = b"".join(entry + b"\0" * (-len(entry) % 8) for entry in entries)
+    head = message[:4] + struct.pack("<I", 8 + len(padded)) + message[8:-8]
+    return head + struct.pack("<II", len(padded), 0) + padded
 
 
 def _align(offset: int, to: int) -> int:

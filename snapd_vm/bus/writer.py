@@ -1,7 +1,7 @@
 """Writes to the socket of the bus: at once if it takes it, else when it does.
 
-In the place of dbus-next's writer, which takes a full socket (EAGAIN) for a broken one and drops the
-connection: a client that floods us with calls would end the daemon.
+In the place of dbus-next's writer, which takes a full socket (EAGAIN) for a broken one and drops
+the connection: a client that floods us with calls would end the daemon.
 """
 
 from __future__ import annotations

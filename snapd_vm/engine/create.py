@@ -95,7 +95,7 @@ def _tag(domain: Domain, disk: Disk, name: str, names: Collection[str]) -> Tag:
     now = time.time()
     label = name
     if not label:
-        label = stem = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
+        label = stem = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S%fZ")
         number = 1
         while f"{disk.target}/{label}" in names:
             number += 1

@@ -1,14 +1,13 @@
 """libvirt's domain XML: read into the model, and written for snapshots and definitions.
 
 The XML comes from libvirt (formatdomain, formatsnapshot). What it does not say is not guessed:
-a missing `<driver type>` is the format ''.
+a missing `<driver type>` is the format ''. It calls neither libvirt nor the storage.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from lxml import etree
@@ -16,16 +15,13 @@ from lxml import etree
 from snapd_vm import safexml
 from snapd_vm.errors import NoSuchDisk, StorageFailed
 from snapd_vm.model import NAMESPACE, AgentChannel, Consistency, Disk, Domain
+from snapd_vm.virt.sourcexml import PATH_ATTRIBUTES, ResolveVolume, read_source, said
 
 _LIMIT = 16 << 20
 _OWN_CHANNEL = "org.qemu.guest_agent.0"
 _OTHER_CHANNELS = "*guest_agent*"
-_PATH_ATTRIBUTES = {"file": "file", "block": "dev", "dir": "dir", "volume": "volume"}
-_LEFT_OUT = ("seclabel", "cookies", "reservations", "encryption", "privateData")
+_KEPT_BY_NEW_IMAGE = ("seclabel",)
 _UNFIT = re.compile(r"[\x00-\x1f\x7f]")
-
-ResolveVolume = Callable[[str, str], tuple[str, str] | None]
-"""(pool, volume) -> (type "file" or "block", path), or None."""
 
 
 def parse_domain(
@@ -61,6 +57,11 @@ def parse_domain(
     )
 
 
+def disk_xml(domain_xml: str, target: str) -> str:
+    """The whole `<disk>` as libvirt reports it. Raises NoSuchDisk."""
+    return safexml.clean(_disk_element(_parse(domain_xml), target))
+
+
 def targets(domain_xml: str) -> Sequence[str]:
     """The `<target dev>` of every disk."""
     tree = _parse(domain_xml)
@@ -76,7 +77,7 @@ def mirror_ready(domain_xml: str, target: str) -> bool:
 def backup_source(
     disk: Disk,
     *,
-    format: str,
+    format: str,  # noqa: A002 - as the attribute is called
     consistency: Consistency,
     snapshot_path: str,
 ) -> str:
@@ -121,28 +122,53 @@ def replace_source(
 ) -> str:
     """A definition in which one disk has another image; its `<backingStore>` is left out.
 
-    An explicit `<backingStore>` would no longer be true, and QEMU would fail to lock it. Everything
-    else stays. Raises NoSuchDisk.
+    An explicit `<backingStore>` would no longer be true, and QEMU would fail to lock it. Security
+    labels and startup policy stay with the disk, and everything else is as it was. Raises
+    NoSuchDisk.
     """
-    tree = _parse(inactive_xml)
+    tree = safexml.parse(inactive_xml, _LIMIT, whole=True)
     disk = _disk_element(tree, target)
-    for name in ("source", "backingStore", "mirror"):
+    for name in ("backingStore", "mirror"):
         for element in disk.findall(name):
-            disk.remove(element)
+            _remove(element)
     disk.set("type", disk_type)
     driver = disk.find("driver")
     if driver is None:
         driver = etree.Element("driver", name="qemu")
+        driver.tail = disk.text
         disk.insert(0, driver)
     driver.set("type", image_format)
-    source = etree.Element("source")
-    source.set(_PATH_ATTRIBUTES[disk_type], _fit(path))
-    driver.addnext(source)
+    source = disk.find("source")
+    if source is None:
+        source = etree.Element("source")
+        source.tail = driver.tail
+        driver.addnext(source)
+    policy = source.get("startupPolicy")
+    source.attrib.clear()
+    source.set(PATH_ATTRIBUTES[disk_type], _fit(path))
+    if policy:
+        source.set("startupPolicy", policy)
+    for element in list(source):
+        if element.tag not in _KEPT_BY_NEW_IMAGE:
+            _remove(element)
     return etree.tostring(tree, encoding="unicode")
 
 
 def _parse(xml: str) -> etree._Element:
     return safexml.parse(xml, _LIMIT)
+
+
+def _remove(element: etree._Element) -> None:
+    """Takes an element out of its parent with the space after it, and leaves the indentation."""
+    parent, before = element.getparent(), element.getprevious()
+    if parent is None:
+        return
+    if element.getnext() is None:
+        if before is not None:
+            before.tail = element.tail
+        else:
+            parent.text = None
+    parent.remove(element)
 
 
 def _fit(path: str) -> str:
@@ -166,10 +192,8 @@ def _disks(tree: etree._Element, resolve_volume: ResolveVolume) -> tuple[Disk, .
 def _disk(element: etree._Element, resolve_volume: ResolveVolume) -> Disk:
     kind = element.get("type") or "file"
     source = element.find("source")
-    declared = {"type": kind}
-    if source is not None:
-        declared |= {str(k): str(v) for k, v in source.attrib.items() if k != "index"}
-    kind, path, cleaned = _resolved(kind, source, resolve_volume)
+    declared = said(source) | {"type": kind}
+    kind, path, cleaned = read_source(kind, source, element.find("auth"), resolve_volume)
     target = element.find("target")
     driver = element.find("driver")
     return Disk(
@@ -193,29 +217,6 @@ def _disk(element: etree._Element, resolve_volume: ResolveVolume) -> Disk:
     )
 
 
-def _resolved(
-    kind: str, source: etree._Element | None, resolve_volume: ResolveVolume
-) -> tuple[str, str, str]:
-    """(type, path, cleaned `<source>`), a pool's volume resolved; the last two '' if empty."""
-    if source is None or (not len(source) and set(source.attrib) <= {"index", "startupPolicy"}):
-        return kind, "", ""
-    if kind == "volume":
-        found = resolve_volume(source.get("pool") or "", source.get("volume") or "")
-        if found is not None:
-            kind, path = found
-            resolved = etree.Element("source")
-            resolved.set(_PATH_ATTRIBUTES[kind], path)
-            return kind, path, safexml.clean(resolved)
-    cleaned = copy.deepcopy(source)
-    for name in ("index", "startupPolicy"):
-        cleaned.attrib.pop(name, "")
-    for element in list(cleaned):
-        if element.tag in _LEFT_OUT:
-            cleaned.remove(element)
-    path = source.get(_PATH_ATTRIBUTES[kind]) or "" if kind in ("file", "block") else ""
-    return kind, path, safexml.clean(cleaned)
-
-
 def _chain(element: etree._Element) -> Sequence[str]:
     """The local files that the `<backingStore>`s name, nearest first."""
     paths = []
@@ -224,7 +225,7 @@ def _chain(element: etree._Element) -> Sequence[str]:
         source = store.find("source")
         kind = store.get("type") or ""
         if source is not None and kind in ("file", "block"):
-            paths.append(source.get(_PATH_ATTRIBUTES[kind]) or "")
+            paths.append(source.get(PATH_ATTRIBUTES[kind]) or "")
         store = store.find("backingStore")
     return [path for path in paths if path]
 
@@ -253,7 +254,8 @@ def _agent(tree: etree._Element, *, active: bool) -> AgentChannel | None:
             return AgentChannel(name, "", active and target.get("state") == "connected")
         source = channel.find("source")
         if (
-            fnmatchcase(name, _OTHER_CHANNELS)
+            other is None
+            and fnmatchcase(name, _OTHER_CHANNELS)
             and source is not None
             and source.get("mode") == "bind"
             and source.get("path")

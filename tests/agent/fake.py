@@ -31,7 +31,7 @@ class FakeAgent:
     """Serves one client at a time on `path`, in a thread of its own, while it is entered.
 
     `answers` replaces what a command is answered with, word for word; None says nothing at all.
-    `greeting` is sent to each client unasked. `slowly` sends byte by byte, `pause` seconds apart.
+    `greeting` is sent to each client unasked, and `flood` sends on without end. `slowly` sends byte by byte, `pause` seconds apart.
     `received` are the commands in the order in which they were read.
     """
 
@@ -41,6 +41,7 @@ class FakeAgent:
         self.can_freeze = True
         self.answers: dict[str, Answer] = {}
         self.greeting = b""
+        self.flood = False
         self.before_sync = b""
         self.slowly = False
         self.pause = 0.0
@@ -84,6 +85,8 @@ class FakeAgent:
 
     def _talk(self, client: socket.socket) -> None:
         self._send(client, self.greeting)
+        while self.flood:  # until the client has gone
+            client.sendall(b"x" * 65536)
         buffer = b""
         while self._readable(client):
             data = client.recv(65536)

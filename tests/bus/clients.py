@@ -101,9 +101,17 @@ class Client:
                 await asyncio.sleep(0.005)
 
     def close(self) -> None:
-        self.bus._finalize(None)
-        self.bus._stream.close()
-        self.bus._sock.close()
+        bus: Any = self.bus
+        bus._finalize(None)
+        bus._stream.close()
+        bus._sock.close()
+
+
+def marshalled(message: Message, serial: int, fds: bool = False) -> bytes:
+    """A message as bytes, with this serial."""
+    message.serial = serial
+    anything: Any = message
+    return bytes(anything._marshall(negotiate_unix_fd=fds))
 
 
 class RawPeer:
@@ -122,8 +130,7 @@ class RawPeer:
             assert self._line().startswith(b"AGREE")
         self.socket.sendall(b"BEGIN\r\n")
         hello = Client.message(BUS, "Hello", path="/org/freedesktop/DBus", to=BUS)
-        hello.serial = 1
-        self.socket.sendall(bytes(hello._marshall()))
+        self.socket.sendall(marshalled(hello, 1))
         assert self.reply_to(1).kind == wire.METHOD_RETURN
 
     def _line(self) -> bytes:

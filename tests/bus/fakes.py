@@ -1,11 +1,11 @@
-"""What stands in for the rest in the tests of the bus: an engine in memory, and a polkit on the bus."""
+"""What stands in for the rest in tests of the bus: an engine in memory, a polkit on the bus."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageType, RequestNameReply
@@ -93,9 +93,7 @@ class FakeEngine:
 
     def __init__(self, domains: int = 2) -> None:
         self.connected = True
-        self.domains: dict[str, Domain] = {
-            uuid(n): make_domain(n) for n in range(1, domains + 1)
-        }
+        self.domains: dict[str, Domain] = {uuid(n): make_domain(n) for n in range(1, domains + 1)}
         self.snapshots: dict[str, Snapshot] = {}
         self.listeners: list[Listener] = []
         self.calls: list[tuple[str, Any]] = []
@@ -161,10 +159,12 @@ class Question:
     cancellation_id: str
 
 
-YES = (True, False, {})
-NO = (False, False, {})
-CHALLENGE = (False, True, {})
-DISMISSED = (False, False, {"polkit.dismissed": "true"})
+Verdict: TypeAlias = tuple[bool, bool, dict[str, str]]
+
+YES: Verdict = (True, False, {})
+NO: Verdict = (False, False, {})
+CHALLENGE: Verdict = (False, True, {})
+DISMISSED: Verdict = (False, False, {"polkit.dismissed": "true"})
 
 
 @dataclass
@@ -172,7 +172,7 @@ class StandInPolkit:
     """Owns polkit's name and answers `verdict`, an error name, or (None) never."""
 
     bus: MessageBus
-    verdict: tuple[bool, bool, dict[str, str]] | str | None = YES
+    verdict: Verdict | str | None = YES
     by_action: dict[str, Any] = field(default_factory=dict)
     delay: float = 0.0
     questions: list[Question] = field(default_factory=list)

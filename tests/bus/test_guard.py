@@ -15,7 +15,7 @@ from snapd_vm.bus.contract import DISK_SNAPSHOT, DOMAIN, MANAGER, PEER
 from snapd_vm.bus.served import DiskSnapshotBus
 from snapd_vm.errors import Busy, NoSpace
 from snapd_vm.model import ROOT_PATH, Plan, domain_path
-from tests.bus.clients import Client, RawPeer
+from tests.bus.clients import Client, RawPeer, marshalled
 from tests.bus.fakes import FakeEngine, StandInPolkit, uuid
 
 ERROR = "org.example.DiskSnapshot.Error."
@@ -87,9 +87,7 @@ async def test_a_property_that_can_not_be_read_is_our_mistake(
     client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "connected", "perhaps")
-    answer = await client.call(
-        "org.freedesktop.DBus.Properties", "GetAll", "s", [MANAGER]
-    )
+    answer = await client.call("org.freedesktop.DBus.Properties", "GetAll", "s", [MANAGER])
     assert answer.error_name == ERROR + "Internal"
     assert await once(client, answer)
 
@@ -156,7 +154,7 @@ async def test_the_bus_is_asked_who_leaves_only_while_polkit_is_asked(
     asked: list[bool] = []
     connection = guard._connection
     original = connection.watch_leaving
-    connection.watch_leaving = lambda wanted: (asked.append(wanted), original(wanted))[1]  # type: ignore[method-assign,assignment,func-returns-value]
+    connection.watch_leaving = lambda wanted: (asked.append(wanted), original(wanted))[1]  # type: ignore[method-assign,func-returns-value]
     polkit.delay = 0.05
     await asyncio.gather(*(client.call(*CREATE) for _ in range(5)))
     assert asked == [True, False]
@@ -202,8 +200,7 @@ def flood(address: str, number: int) -> dict[int, list[str]]:
     for serial in range(2, number + 3):
         last = serial == number + 2
         message = Client.message(PEER, "Ping") if last else Client.message(*CREATE)
-        message.serial = serial
-        messages.append(bytes(message._marshall()))
+        messages.append(marshalled(message, serial))
     peer.send(b"".join(messages))
     answers: dict[int, list[str]] = {}
     ping = False

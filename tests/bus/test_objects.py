@@ -158,9 +158,22 @@ async def test_managed_objects_are_told_at_the_root_alone(
         snapshot_path(snapshot.uuid): {SNAPSHOT},
     }
     assert answer.body[0][domain_path(uuid(2))][DOMAIN]["Name"] == Variant("s", "vm2")
-    for path in ("/", "/org/example", domain_path(uuid(1)), ROOT_PATH + "/domain"):
+    engine.domains = {uuid(2): make_domain(2, name="renamed"), uuid(3): make_domain(3)}
+    engine.snapshots = {}
+    answer = await client.call(OBJECT_MANAGER, "GetManagedObjects")
+    assert {path: i[DOMAIN]["Name"].value for path, i in answer.body[0].items()} == {
+        domain_path(uuid(2)): "renamed",
+        domain_path(uuid(3)): "vm3",
+    }
+    for path in ("/", "/org/example", domain_path(uuid(2)), ROOT_PATH + "/domain"):
         answer = await client.call(OBJECT_MANAGER, "GetManagedObjects", path=path)
         assert answer.error_name == STANDARD + "UnknownInterface"
+
+
+async def test_no_objects_are_an_empty_answer(client: Client, engine: FakeEngine) -> None:
+    engine.domains = {}
+    answer = await client.call(OBJECT_MANAGER, "GetManagedObjects")
+    assert (answer.signature, answer.body) == ("a{oa{sa{sv}}}", [{}])
 
 
 @pytest.mark.parametrize("asked", ["vm2", uuid(2), uuid(2).upper()])
@@ -201,9 +214,7 @@ async def test_create_on_the_root_takes_a_domain(client: Client, engine: FakeEng
 
 
 async def test_plan(client: Client, engine: FakeEngine) -> None:
-    answer = await client.call(
-        DOMAIN, "Plan", "sssu", [VDA, "", "", 0], path=domain_path(uuid(1))
-    )
+    answer = await client.call(DOMAIN, "Plan", "sssu", [VDA, "", "", 0], path=domain_path(uuid(1)))
     assert answer.signature == "a{sv}"
     assert answer.body[0] == {
         "method": Variant("s", "qemu"),

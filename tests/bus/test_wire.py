@@ -8,17 +8,18 @@ import struct
 
 import pytest
 from dbus_next.message import Message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapd_vm.bus.reader import Reader
 from snapd_vm.bus.wire import Frames, HeaderUnreadable, Incoming, StreamBroken, read_message
 from snapd_vm.bus.writer import Writer
+from tests.bus.clients import marshalled
 
 
 def message(member: str = "Hello", serial: int = 7) -> bytes:
-    call = Message("a.b", "/x", "c.d", member, signature="su", body=["text", 5], serial=serial)
-    return bytes(call._marshall())
+    call = Message("a.b", "/x", "c.d", member, signature="su", body=["text", 5])
+    return marshalled(call, serial)
 
 
 def big_endian() -> bytes:
@@ -73,6 +74,7 @@ def test_what_is_no_stream_of_messages_ends_it(data: bytes) -> None:
         frames.next()
 
 
+@settings(max_examples=5000, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 299), st.integers(0, 255))
 def test_no_bytes_raise_anything_else(noise: bytes, at: int, value: int) -> None:
     changed = bytearray(message())

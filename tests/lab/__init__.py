@@ -1,4 +1,4 @@
-"""The lab: real guests with real agents, libvirt, a system bus and polkit, on one machine, for tests.
+"""The lab: real guests with real agents, libvirt, a system bus and polkit, on one machine.
 
 `with Lab() as lab:` is the way in; README.md beside this file shows the rest.
 """

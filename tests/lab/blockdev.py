@@ -1,4 +1,4 @@
-"""Loop devices and small file systems on them, to be filled, made read-only, cloned on or given to a guest.
+"""Loop devices, and small file systems to be filled, made read-only or cloned on.
 
 They lie below the run's folder, where the end of the run, and the next one's start, find them.
 """
@@ -6,6 +6,7 @@ They lie below the run's folder, where the end of the run, and the next one's st
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,12 +45,18 @@ class Mounted:
     loop: Loop
 
     def fill(self, leave: int = 0) -> None:
-        """Use up its room, but for so many bytes."""
-        free = os.statvfs(self.path)
-        size = free.f_bavail * free.f_frsize - leave
-        with (self.path / "filling").open("wb") as file:
-            if size > 0:
-                os.posix_fallocate(file.fileno(), 0, size)
+        """Use up its room, but for about so many bytes."""
+        with (self.path / "filling").open("ab") as file:
+            chunk = self._free() - leave
+            while chunk >= 4096:
+                # by halves, as no file system says how much of its free room a single file can have
+                with suppress(OSError):
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, chunk)
+                chunk = min(chunk // 2, self._free() - leave)
+
+    def _free(self) -> int:
+        state = os.statvfs(self.path)
+        return state.f_bavail * state.f_frsize
 
     def drain(self) -> None:
         """Give back what `fill` took."""
@@ -82,7 +89,7 @@ class BlockDevices:
         return Loop(Path(run("losetup", "--find", "--show", *options, file).strip()), file)
 
     def mounted(self, filesystem: FileSystem = "ext4", size_mib: int = 0) -> Mounted:
-        """A file system that root and QEMU's user can use; as small as it can be if no size is given."""
+        """A file system that QEMU's user can use too, as small as it can be if no size is given."""
         loop = self.loop(max(size_mib, SMALLEST_MIB[filesystem]))
         run(*MKFS[filesystem], loop.device)
         path = self._folder / f"{self._number}.{filesystem}"

@@ -1,7 +1,7 @@
 """Speaks with guestd inside a guest, over a serial port of the guest's that is a unix socket here.
 
-One line each way: `ID COMMAND ARGUMENTS`, `ID ok JSON` or `ID error REASON`. Answers may come in another order
-than the questions, as a command that waits for a frozen disk does not hold up the others.
+One line each way: `ID COMMAND ARGUMENTS`, `ID ok JSON` or `ID error REASON`. Answers may come in
+another order than the questions: a command that waits for a frozen disk does not hold up others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the software under test: the daemon, with a configuration of the test's making, on the lab's bus."""
+"""Runs the software under test: the daemon, on the lab's bus, configured by the test."""
 
 from __future__ import annotations
 
@@ -60,6 +60,13 @@ class Daemon:
         return self._process is not None and self._process.alive()
 
     @property
+    def status(self) -> int | None:
+        """Its exit status, negative for a signal's number; None while it runs."""
+        if self._process is None or self._run.nursery is None:
+            raise LabError("the daemon was not started")
+        return self._run.nursery.status(self._process)
+
+    @property
     def log(self) -> str:
         """All it has written to stderr (and stdout) so far, in all its lives."""
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
@@ -75,15 +82,13 @@ class Daemon:
         """Start it, and wait until it owns its name; `wait=0` does not wait.
 
         `config` holds what differs from the lab's own (uri, state_dir), tables as dicts; `argv`, to
-        which `--config FILE` is added, is another way to start it. What is given is kept for later
-        starts.
+        which `--config FILE` is added, is another way to start it. With none of them it starts as
+        it did the last time.
         """
         if self.running:
             raise LabError("the daemon runs already")
-        if config is not None:
-            self.config = dict(config)
-        self.argv = argv or self.argv
-        self.env = env if env is not None else self.env
+        if config is not None or argv is not None or env is not None:
+            self.config, self.argv, self.env = dict(config or {}), argv or ARGV, env or {}
         whole = {"uri": self._uri, "state_dir": str(self.state_dir), **self.config}
         self.config_file.write_text(toml(whole))
         self._process = self._run.start(

@@ -1,4 +1,4 @@
-"""`make demo`: a quiesced snapshot of a running guest, made over D-Bus and read, command by command.
+"""`make demo`: a quiesced snapshot of a running guest, made over D-Bus and read, step by step.
 
 Each `+` line is a command as it is run. Ends with status 0 only if everything was as promised.
 """
@@ -44,12 +44,13 @@ class Show:
 
     def note(self, text: str) -> None:
         """What a person should see in it."""
-        print(textwrap.indent(text, "   "), flush=True)
+        if text:
+            print(textwrap.indent(text, "   "), flush=True)
 
     def run(self, *argv: str | Path, show: bool = True, status: int = 0) -> str:
         """Runs a command on the lab's bus, shown, and returns its output."""
         words = [str(word) for word in argv]
-        print(f"+ {shlex.join(words)}", flush=True)
+        print(f"+ {' '.join(map(quoted, words))}", flush=True)
         done = self._lab.as_user(None, words, timeout=120)
         if show:
             self.note(done.stdout.rstrip())
@@ -142,6 +143,11 @@ def read_snapshot(show: Show, lab: Lab, guest: Guest, image: Path, image_format:
     after = show.run("debugfs", "-R", "cat /after", first)
     show.promise("what was written after is not", "written after" not in after)
     show.promise("but the guest has it", "written after" in guest.read("vda", "after"))
+
+
+def quoted(word: str) -> str:
+    """A word as a person would write it for the shell: XML, which has quotes, in double quotes."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def same(first: Path, second: Path) -> bool:

@@ -61,7 +61,7 @@ def make_disk(spec: DiskSpec, folder: Path, owner: str, target: str) -> Disk:
     if spec.format == "qcow2":
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
         raw.unlink()
-    chain = (path,)
+    chain: tuple[Path, ...] = (path,)
     image_format: str = spec.format
     for number in range(1, spec.overlays + 1):
         overlay = path.with_name(f"{owner}-{target}.{number}.qcow2")

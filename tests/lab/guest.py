@@ -1,4 +1,4 @@
-"""A running guest: what it can be asked and told, from inside (guestd) and from outside (libvirt)."""
+"""A guest: what it can be asked and told, from inside (guestd) and from outside (libvirt)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.lab.guestxml import Agent, Ports, domain_xml, ports_in
 from tests.lab.hypervisor import Hypervisor, agent_answers
 from tests.lab.image import GuestImage
 from tests.lab.process import tail
+from tests.lab.pulse import Pulse
 from tests.lab.run import Run
 
 BOOT_S = 90  # it takes 3 s; a machine with two cores and many guests takes its time
@@ -22,12 +23,15 @@ BOOT_S = 90  # it takes 3 s; a machine with two cores and many guests takes its 
 
 @dataclass(frozen=True)
 class Stall:
-    """What the writer on one disk of the guest has seen since the last reset."""
+    """What the writer on one disk has seen since the last reset, by the guest's clock.
+
+    That clock stands still while the vCPUs are stopped; `Guest.watch()` goes by the host's.
+    """
 
     longest_s: float  # between two writes that were completed, or since the last one
     current_s: float  # since the last one that was completed: how long it stands still now
     writes: int
-    sequence: int  # of the last record; inspection.py finds these in an image
+    sequence: int  # of the last record; ring.py finds it in an image
     mounted: bool
     failed: bool  # a write failed: the writer has given up
 
@@ -160,12 +164,16 @@ class Guest:
         """Whether an agent in it believes the guest frozen, by the file it keeps about that."""
         return any(agent["frozen"] for agent in self.agents().values())
 
+    def watch(self) -> Pulse:
+        """Watch it from outside while a `with` block runs: sees vCPUs that are stopped too."""
+        return Pulse(self.ports.pulse)
+
     def reset(self) -> None:
         """Forget the stalls seen so far."""
         self.control.ask("reset")
 
     def writer(self, on: bool, pause_us: int | None = None) -> None:
-        """Writing on or off, on all disks; `pause_us` (2000) between writes trades CPU for precision."""
+        """Writing on or off; `pause_us` (2000) between writes trades CPU for precision."""
         if pause_us is not None:
             self.control.ask("pause", str(pause_us))
         self.control.ask("writer", "on" if on else "off")
@@ -196,7 +204,7 @@ class Guest:
         self.control.ask("umount", disk)
 
     def hold_freeze(self, disk: str) -> None:
-        """Freeze a disk's file system behind the agent's back. The agent's next thaw undoes it too."""
+        """Freeze a file system behind the agent's back; the agent's next thaw undoes it too."""
         self.control.ask("hold-freeze", disk)
 
     def release_freeze(self, disk: str) -> None:
@@ -226,6 +234,11 @@ class Guest:
     def kill_agent(self) -> None:
         """SIGKILL them: libvirt sees the channels close."""
         self.control.ask("kill-agent")
+
+        def dead() -> bool:
+            return not any(agent["pid"] for agent in self.agents().values())
+
+        wait_until(f"end of the agents of {self.name}", dead, 10)
 
     def start_agent(self) -> None:
         """Start those that were killed, and wait until they answer."""

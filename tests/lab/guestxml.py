@@ -15,6 +15,7 @@ Agent = Literal["libvirt", "socket", "none"]
 LIBVIRT_AGENT = "org.qemu.guest_agent.0"
 SOCKET_AGENT = "org.example.guest_agent.0"
 CONTROL = "org.example.lab.0"
+PULSE = "org.example.lab.pulse.0"
 # quiet and what follows it save half a second of boot under TCG
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet panic=-1 nokaslr tsc=reliable no_timer_check cryptomgr.notests"
@@ -26,6 +27,7 @@ class Ports:
     """Where the host's ends of a guest's serial ports are."""
 
     control: Path
+    pulse: Path
     agent: Path
     console: Path
 
@@ -33,7 +35,10 @@ class Ports:
 def ports_in(folder: Path, name: str) -> Ports:
     """The ports of a guest; a socket's path must stay under 108 bytes."""
     return Ports(
-        folder / f"{name}.control", folder / f"{name}.agent", folder / f"{name}.console.log"
+        control=folder / f"{name}.control",
+        pulse=folder / f"{name}.pulse",
+        agent=folder / f"{name}.agent",
+        console=folder / f"{name}.console.log",
     )
 
 
@@ -74,6 +79,7 @@ def domain_xml(
     <controller type='virtio-serial'/>
     <serial type='file'><source path={quoteattr(str(ports.console))}/></serial>
     {_channel(CONTROL, ports.control)}
+    {_channel(PULSE, ports.pulse)}
     {_agent_channel(agent, ports)}
     <memballoon model='none'/>
     {devices}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from tests.lab.blockdev import BlockDevices
 from tests.lab.bus import Bus
 from tests.lab.cleanup import clean, cleanup
 from tests.lab.daemon import Daemon
+from tests.lab.deadline import LabError
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest, make_guest
 from tests.lab.guestxml import Agent
@@ -45,7 +46,10 @@ class Lab:
         self._guests = 0
 
     def __enter__(self) -> Lab:
-        cleanup()
+        try:
+            cleanup()
+        except LabError as error:  # another run's remains must not keep this one from its work
+            print(f"lab: {error}", file=sys.stderr)
         with self._stack as stack:
             self.run = Run.begin()
             # The way out is the way that takes away the remains of a run that was killed.
@@ -71,7 +75,7 @@ class Lab:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, traceback)
 
     @property
     def address(self) -> str:
@@ -89,7 +93,7 @@ class Lab:
         devices: str = "",
         elements: str = "",
     ) -> Guest:
-        """A new guest with these disks (vda, vdb, …), up and writing; `start=False` only defines it.
+        """A new guest with these disks (vda, …), up and writing; `start=False` only defines it.
 
         `devices` is XML to be put in `<devices>`, `elements` XML in `<domain>`.
         """
@@ -122,7 +126,3 @@ class Lab:
     ) -> subprocess.CompletedProcess[str]:
         """busctl on the lab's bus, e.g. `lab.busctl("call", …, user="nobody")`."""
         return self.as_user(user, ["busctl", f"--timeout={timeout:g}", *arguments], timeout + 5)
-
-    def start_libvirt_dbus(self) -> Any:
-        """libvirt's own D-Bus service on the lab's bus, as an example of what it is to live with."""
-        raise NotImplementedError

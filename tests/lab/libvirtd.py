@@ -1,7 +1,8 @@
 """libvirtd and virtlogd of a run's own, beside the machine's or another run's.
 
-libvirt cannot be told to keep its files elsewhere, so it runs in a mount name space where the run's folders lie
-over its own. Thus a test may kill it, define pools and leave domains defined, and disturb nobody.
+libvirt cannot be told to keep its files elsewhere, so it runs in a mount name space where the
+run's folders lie over its own. Thus a test may kill it, define pools and leave domains defined,
+and disturb nobody.
 """
 
 from __future__ import annotations
@@ -108,8 +109,9 @@ class Libvirtd:
 
     def _start(self, name: str) -> Process:
         script = [f'mkdir -p {path}; mount --bind "$1/{n}" {path}' for n, path in COVERED.items()]
-        # A KVM that QEMU can open and libvirt finds unusable, or the reverse, makes libvirt ask QEMU for its
-        # capabilities anew at every turn, for 12 s in all. The lab's guests do without it.
+        # The guests do without KVM. One that root's QEMU can open and libvirt-qemu can't makes
+        # libvirt probe QEMU anew at every turn, for 12 s a domain. What lies over it is a character
+        # device, as libvirt could not put a plain file back in the /dev that it makes for a guest.
         script.append('[ ! -e /dev/kvm ] || mount --bind "$1/no-kvm" /dev/kvm')
         script.append(f'exec {name} --pid-file "$1/{name}.pid"')
         argv = ["unshare", "--mount", "--propagation", "slave", "sh", "-e", "-c", "\n".join(script)]

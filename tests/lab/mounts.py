@@ -1,4 +1,4 @@
-"""What is mounted below a folder and which loop devices have their files there, and takes both away.
+"""Finds what is mounted below a folder and the loop devices with files there; removes both.
 
 The kernel is asked, not a list of our own: a run that was killed had no time to keep one.
 """
@@ -6,12 +6,13 @@ The kernel is asked, not a list of our own: a run that was killed had no time to
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from tests.lab.deadline import LabError, wait_until
-from tests.lab.program import run
+from tests.lab.program import attempt, run
 
 
 def mounts_below(folder: Path) -> list[Path]:
@@ -37,21 +38,21 @@ def loops_below(folder: Path) -> Iterator[Path]:
 def detach_below(folder: Path) -> None:
     """Unmount and detach all of it; whoever uses it must be gone already."""
     for point in mounts_below(folder):
-        unmount(point)
-    for device in loops_below(folder):
+        if point != folder:
+            unmount(point)
+    for device in loops_below(folder):  # their files keep the folder's own mount busy
         detach(device)
+    while folder in mounts_below(folder):
+        unmount(folder)
 
 
 def unmount(point: Path) -> None:
     """Unmount, with some patience: QEMU's last flush may come after its end has been seen."""
-
-    def gone() -> bool:
-        with suppress(LabError):
-            run("umount", point)
-            return True
-        return point not in mounts_below(point)
-
-    wait_until(f"unmount {point}", gone, 10, 0.1)
+    end = time.monotonic() + 10
+    while (tried := attempt(["umount", point])).returncode:
+        if time.monotonic() > end:
+            raise LabError(f"umount {point}: {tried.stderr.strip()}")
+        time.sleep(0.1)
 
 
 def detach(device: Path) -> None:

@@ -1,8 +1,9 @@
-"""The parent of every process of a run: a script of its own, so that it outlives the tests' process.
+"""The parent of every process of a run: a script of its own that outlives the tests' process.
 
-It is a child subreaper. QEMU makes itself a child of init, and libvirt waits for a stopped one until init has
-taken its exit status; where process 1 is no real init, that takes seconds. Here it takes none. And when the
-tests' process dies, however it does, its end of our stdin closes, and we end all that was started.
+It is a child subreaper. QEMU makes itself a child of init, and libvirt waits for a stopped one
+until init has taken its exit status; where process 1 is no real init, that takes seconds. Here it
+takes none. And when the tests' process dies, however it does, its end of our stdin closes, and we
+end all that was started.
 
 It must import nothing of the lab: `python -I -S nursery.py`, JSON lines in and out.
 """
@@ -88,8 +89,8 @@ def end_all() -> None:
 def main() -> None:
     """Answer until stdin closes."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # With a wake-up descriptor select() returns on SIGCHLD, and reaping happens here, not in a handler that
-    # could take the status of a child which Popen is still about to start.
+    # With a wake-up descriptor select() returns on SIGCHLD, and reaping happens here, not in a
+    # handler that could take the status of a child which Popen is still about to start.
     waker, wakened = os.pipe()
     os.set_blocking(wakened, False)
     os.set_blocking(waker, False)

@@ -35,8 +35,8 @@ LAB_POLICY = f"""<?xml version="1.0" encoding="UTF-8"?>
   </action>
 </policyconfig>
 """
-# The rule stands first, so that no rule of a test answers in its place; what it compares with is set by the
-# last line, so that a test's rules which do not compile, or throw, are never taken for loaded.
+# The rule stands first, so that no rule of a test answers in its place; what it compares with is
+# set by the last line, so that rules which do not compile, or throw, are never taken for loaded.
 RULES = """var labGeneration = 0;
 polkit.addRule(function(action, subject) {
     if (action.id == "%(action)s")
@@ -121,14 +121,14 @@ class Polkit:
 
     def _wait(self) -> None:
         assert self._process is not None
-        # The subject is polkitd itself: for one of root's processes it would say yes without a look at the rules.
+        # The subject is polkitd itself, as root's processes get a yes without a look at the rules.
         question = ["pkcheck", "-a", LAB_ACTION, "-p", str(self._process.pid)]
         question += ["-d", "n", str(self._generation)]
         try:
             wait_until(
                 "polkitd takes the rules",
                 lambda: self._living() and not attempt(question, env=self._bus.env).returncode,
-                10,
+                5,
             )
         except LabError as error:
             raise LabError(f"{error}; polkitd says: {tail(self.log)}") from error

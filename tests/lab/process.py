@@ -1,7 +1,7 @@
 """Starts processes that stay, through the run's nursery, and ends them.
 
-A process is known by its pid and start time together: pids are used again, and the lab never ends a process that
-it did not start.
+A process is known by its pid and start time together: pids are used again, and the lab never ends a
+process that it did not start.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def attempt(
             capture_output=True,
             text=True,
             check=False,
-            # setgroups, setgid, setuid, in this order: the kernel refuses the first two after the third
+            # setgroups, setgid, setuid, in this order: after the third the others are refused
             extra_groups=groups_of(account) if account else None,
             group=account.pw_gid if account else None,
             user=account.pw_uid if account else None,

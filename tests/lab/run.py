@@ -17,13 +17,13 @@ from tests.lab.process import Ledger, Nursery, Process
 from tests.lab.program import attempt
 from tests.lab.program import run as run_program
 
-# Not in /tmp: QEMU runs as a user of its own, and must be able to reach the images from the root down.
+# Not in /tmp: QEMU has a user of its own, who must be able to reach the images from the root down.
 RUNS = Path("/var/lib/snapd-vm-lab")
 DOMAIN_PREFIX = "snapdvm-lab-"
 
 
 class Run:
-    """A run's folder, held locked: `Run.begin()` for a new one, `Run.dead()` for those left over."""
+    """A run's folder, held locked: `Run.begin()` makes one, `Run.dead()` finds those left over."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         self.folder = folder
@@ -36,16 +36,17 @@ class Run:
     @classmethod
     def begin(cls) -> Run:
         """A new run in a new folder."""
-        folder = RUNS / secrets.token_hex(3)
-        folder.mkdir(parents=True)
+        RUNS.mkdir(parents=True, exist_ok=True)
+        lock = None
+        while lock is None:  # a clean-up may see the file before it is locked, and take it away
+            folder = RUNS / secrets.token_hex(3)
+            lock = _lock(_lock_file(folder), create=True)
+        folder.mkdir()
         for path in (RUNS, folder):
             path.chmod(0o755)  # whatever the umask says: QEMU's user has to pass
-        lock = _lock(folder)
-        if lock is None:  # a clean-up saw the folder before it was locked, and takes it away
-            return cls.begin()
         run = cls(folder, lock)
-        # libvirtd and polkitd live in mount name spaces of their own. What is mounted below a shared mount
-        # point reaches them, and what is unmounted is let go by them; a root that is not shared does neither.
+        # libvirtd and polkitd live in mount name spaces of their own. What is mounted below a
+        # shared mount point reaches them, and what is unmounted is let go by them.
         run_program("mount", "--bind", folder, folder)
         run_program("mount", "--make-shared", folder)
         run.nursery = Nursery(run.ledger)
@@ -54,10 +55,10 @@ class Run:
     @classmethod
     def dead(cls) -> Iterator[Run]:
         """The runs whose process is gone, each locked so that nobody else cleans it as well."""
-        for folder in sorted(RUNS.glob("*/")):
-            lock = _lock(folder)
+        for file in sorted(RUNS.glob("*.lock")):
+            lock = _lock(file)
             if lock is not None:
-                yield cls(folder, lock)
+                yield cls(file.with_suffix(""), lock)
 
     def path(self, name: str) -> Path:
         """A folder of this name in the run's folder, made if need be."""
@@ -79,31 +80,32 @@ class Run:
         assert self.nursery is not None, "a dead run starts nothing"
         return self.nursery.start(name, argv, log, env=env, cwd=cwd)
 
-    def close(self) -> None:
-        """Remove the folder with all in it, and let go of the lock."""
-        if self._lock < 0:
-            return
-        with suppress(OSError):
-            shutil.rmtree(self.folder)
-        if self.folder.exists():  # the software under test makes files immutable
-            attempt(["chattr", "-R", "-f", "-i", "-a", self.folder])
-            shutil.rmtree(self.folder)
-        # Only now: a folder is never seen unlocked before it is empty.
+    def close(self, *, remove: bool) -> None:
+        """Let go of the lock, after removing the folder if all else has been taken away."""
+        if remove and self.folder.exists():
+            with suppress(OSError):
+                shutil.rmtree(self.folder)
+            if self.folder.exists():  # the software under test makes files immutable
+                attempt(["chattr", "-R", "-f", "-i", "-a", self.folder])
+                shutil.rmtree(self.folder)
+        if remove:
+            _lock_file(self.folder).unlink(missing_ok=True)
         os.close(self._lock)
-        self._lock = -1
 
 
-def _lock(folder: Path) -> int | None:
-    path = folder / "lock"
+def _lock_file(folder: Path) -> Path:
+    # beside the folder: an open file in it would keep the folder's own mount busy
+    return folder.with_suffix(".lock")
+
+
+def _lock(path: Path, *, create: bool = False) -> int | None:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
     except FileNotFoundError:  # its run ended in this moment
         return None
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists():  # else another clean-up has just removed what we have locked
+        if os.fstat(descriptor).st_nlink:  # else another clean-up has removed what we have locked
             return descriptor
-    except BlockingIOError:
-        pass
     os.close(descriptor)
     return None

@@ -37,6 +37,7 @@ void agents_reaped(int pid);
 void agents_list(char *json, size_t size);
 
 /* guestd.c */
+void pulse(char disk);
 uint64_t now_ns(void);
 size_t append(char *text, size_t size, size_t used, const char *format, ...)
     __attribute__((format(printf, 4, 5)));

@@ -1,0 +1,59 @@
+"""Fixtures of the tests on real parts: one lab for all, a daemon of its own for each test."""
+
+from __future__ import annotations
+
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bus.clients import Client
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.real.api import Api
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root")
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Bus, polkitd and libvirtd; guests and the daemon are started by who needs them."""
+    if os.geteuid() != 0:
+        pytest.skip("the lab needs root")
+    with Lab() as running:
+        yield running
+
+
+@pytest.fixture
+def daemon(lab: Lab) -> Iterator[Lab]:
+    """The lab with a new daemon in it, without any memory of earlier ones."""
+    shutil.rmtree(lab.daemon.state_dir, ignore_errors=True)
+    lab.daemon.start({}, argv=None)
+    yield lab
+    if lab.daemon.running:
+        lab.daemon.stop()
+
+
+@pytest.fixture
+async def api(daemon: Lab) -> AsyncIterator[Api]:
+    """A client of that daemon, who is root."""
+    client = await Client.connect(daemon.address)
+    yield Api(client)
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def guest(lab: Lab) -> Iterator[Guest]:
+    """A guest under write load that the tests of a file share, and leave as they found it."""
+    running = lab.guest()
+    yield running
+    running.remove()
+
+
+@pytest.fixture
+def scratch(lab: Lab, tmp_path: Path) -> Path:
+    """A folder for copies of images."""
+    return tmp_path

@@ -1,0 +1,171 @@
+"""The daemon killed at every step of a Create: afterwards the snapshot is there, or nothing of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from snapd_vm.engine.journal import Step
+from tests.bus.clients import Client
+from tests.lab.deadline import wait_until
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.program import CHECKOUT
+from tests.real import images
+from tests.real.api import QUIESCE_REQUIRED, Api, ApiError
+
+FAULTY = (sys.executable, "-m", "tests.real.faulty_daemon")
+
+
+@pytest.fixture
+def faulty(lab: Lab) -> Iterator[Lab]:
+    """A lab whose daemon the test starts, with a fault, and starts again without."""
+    import shutil
+
+    shutil.rmtree(lab.daemon.state_dir, ignore_errors=True)
+    yield lab
+    if lab.daemon.running:
+        lab.daemon.stop()
+    lab.daemon.argv = (sys.executable, "-m", "snapd_vm", "daemon")
+
+
+async def connected(lab: Lab) -> Api:
+    return Api(await Client.connect(lab.address))
+
+
+async def left(api: Api) -> None:
+    api.client.close()
+
+
+def active_file(guest: Guest, flags: int = 0) -> str:
+    """What the XML says that vda is."""
+    source = etree.fromstring(guest.domain.XMLDesc(flags)).find("devices/disk/source")
+    assert source is not None
+    return source.get("file") or ""
+
+
+def files_of(guest: Guest) -> set[str]:
+    """Everything in the folder of the guest's disk that belongs to its disk, drafts too."""
+    folder = guest.disk().path.parent
+    stem = guest.disk().path.stem
+    return {name for name in os.listdir(folder) if name.startswith((stem, ".snapd-vm"))}
+
+
+async def agrees(api: Api, guest: Guest, files_before: set[str], file_before: str) -> str:
+    """Assert that the snapshot is there, whole, or nothing of it; which of the two."""
+    wait_until("the guest is thawed", lambda: not guest.agent_says_frozen(), 20)
+    guest.writes_go_on()
+    assert guest.state == "running"
+    snapshots = await api.snapshots_of(guest)
+    live, persistent = active_file(guest), active_file(guest, 2)
+    assert live == persistent
+    assert images.is_open(live)
+    if not snapshots:
+        assert live == file_before
+        assert files_of(guest) == files_before
+        return "nothing"
+    assert len(snapshots) == 1
+    path, told = next(iter(snapshots.items()))
+    assert told["State"] == "ready"
+    source = etree.fromstring(await api.backup_source(path))
+    assert source.get("file") == file_before != live
+    assert images.info(live)["backing-filename"] == file_before
+    assert len(files_of(guest)) == len(files_before) + 1
+    return "snapshot"
+
+
+@pytest.mark.parametrize("flags", [0, QUIESCE_REQUIRED])
+@pytest.mark.parametrize("step", list(Step))
+async def test_killed_at(faulty: Lab, guest: Guest, scratch: Path, step: Step, flags: int) -> None:
+    before, file_before = files_of(guest), active_file(guest)
+    guest.write("vda", "mark", f"{step}-{flags}")
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    api = await connected(faulty)
+    with pytest.raises(ApiError) as error:
+        await api.create(guest, name=f"killed-{step}-{flags}", flags=flags)
+    assert error.value.name == "org.freedesktop.DBus.Error.NoReply"
+    wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
+    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    outcome = await agrees(api, guest, before, file_before)
+    expected = "snapshot" if list(Step).index(step) >= list(Step).index(Step.SWITCHED) else "nothing"
+    assert outcome == expected
+    assert guest.read("vda", "mark") == f"{step}-{flags}"
+    created = await api.create(guest, flags=QUIESCE_REQUIRED)  # and all is well again
+    raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
+    assert images.is_clean(raw)
+    await left(api)
+
+
+@pytest.mark.parametrize("step", [s for s in Step if s not in (Step.CHECKED, Step.ENDED)])
+async def test_an_error_at_any_step_undoes_all(faulty: Lab, guest: Guest, step: Step) -> None:
+    before, file_before = files_of(guest), active_file(guest)
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "raise"))
+    api = await connected(faulty)
+    with pytest.raises(ApiError) as error:
+        await api.create(guest, name=f"raised-{step}")
+    assert error.value.name == "StorageFailed"
+    assert await agrees(api, guest, before, file_before) == "nothing"
+    await api.create(guest, name=f"raised-{step}")  # the name is free, and the domain
+    await left(api)
+
+
+async def test_what_a_dead_daemon_left_frozen_is_thawed_by_exec_stop_post(
+    faulty: Lab, guest: Guest
+) -> None:
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", "kill"))
+    api = await connected(faulty)
+    with pytest.raises(ApiError):
+        await api.create(guest)
+    wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
+    guest.stands_still()
+    argv = [sys.executable, "-m", "snapd_vm", "daemon", "--thaw-held"]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [*argv, "--config", faulty.daemon.config_file],
+        env={**os.environ, **faulty.bus.env},
+        cwd=CHECKOUT,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    guest.writes_go_on()
+    assert not guest.agent_says_frozen()
+    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    await left(api)
+
+
+async def test_a_lost_client_ends_nothing(faulty: Lab, guest: Guest) -> None:
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", "sleep:1"))
+    client, other = await connected(faulty), await connected(faulty)
+    call = asyncio.create_task(client.create(guest, name="left", flags=QUIESCE_REQUIRED))
+    await asyncio.sleep(0.7)
+    call.cancel()
+    await left(client)
+    await asyncio.sleep(2)
+    told = [row for row in (await other.snapshots_of(guest)).values() if row["Name"] == "left"]
+    assert [row["Consistency"] for row in told] == ["quiesced"]
+    guest.writes_go_on()
+    await left(other)
+
+
+async def test_sigterm_in_mid_create_finishes_it(faulty: Lab, guest: Guest) -> None:
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", "sleep:2"))
+    api = await connected(faulty)
+    call = asyncio.create_task(api.create(guest, name="finished", flags=QUIESCE_REQUIRED))
+    await asyncio.sleep(1)
+    await asyncio.to_thread(faulty.daemon.stop)
+    created = await call
+    assert created.ours("consistency") == "quiesced"
+    guest.writes_go_on()
+    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    assert (await api.properties(created.snapshot, "org.example.DiskSnapshot.Snapshot"))[
+        "State"
+    ] == "ready"
+    await left(api)
