@@ -71,7 +71,7 @@ demo: $(VENV)/.stamp packages
 	$(RUN) tests.lab.demo
 
 lab: $(VENV)/.stamp packages
-	$(RUN) tests.lab
+	$(RUN) tests.lab up
 
 bench: $(VENV)/.stamp packages
 	$(RUN) tests.bench

@@ -170,11 +170,17 @@ class TestDisk:
         assert (disk.target, disk.device, disk.type) == ("vda", "disk", "file")
         assert (disk.format, disk.serial, disk.address) == ("qcow2", "S1", "0000:04:0a.1")
         assert disk.path == '/srv/vm & "co"/é.qcow2'
-        assert etree.fromstring(disk.source_xml).attrib == {"file": disk.path}
+        assert etree.fromstring(disk.source_xml).items() == [("file", disk.path)]
         assert disk.source_xml.startswith("<source ")
         assert len(etree.fromstring(disk.source_xml)) == 0
         assert disk.declared_source == {"type": "file", "file": disk.path}
         assert disk.chain == ("/srv/base.qcow2", "/dev/vg/golden")
+
+    def test_chain_is_of_what_is_on_this_host(self) -> None:
+        inner = "<backingStore type='file'><source file='/base'/></backingStore>"
+        middle = "<source protocol='nbd' name='x'/>" + inner
+        store = f"<backingStore type='network'>{middle}</backingStore>"
+        assert read(simple("<source file='/a'/>", more=store)).chain == ("/base",)
 
     def test_on_a_block_device(self) -> None:
         disk = read(simple("<source dev='/dev/vg/a' index='1'/>", "block"))

@@ -5,8 +5,11 @@ Quick, as `make check` runs it; what needs an installation is in test_packaging.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -159,3 +162,39 @@ def test_no_link_in_the_documents_is_dead() -> None:
         path = ROOT / document
         for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / link).exists(), f"{document}: {link}"
+
+
+ONE = """
+import pytest
+
+def test_skips():
+    pytest.skip("no reason")
+
+@pytest.mark.xfail(strict=True)
+def test_fails_as_expected():
+    assert False
+"""
+WHOLE = "import pytest; pytest.importorskip('no_such_module')"
+
+
+@pytest.mark.parametrize(
+    ("ci", "tests", "said"),
+    [
+        ("true", ONE, "1 failed, 1 xfailed in"),
+        ("true", WHOLE, "1 error in"),
+        ("", ONE, "1 skipped, 1 xfailed in"),
+    ],
+)
+def test_on_ci_what_would_be_skipped_fails(tmp_path: Path, ci: str, tests: str, said: str) -> None:
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_skipping.py").write_text(tests)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "CI": ci},
+    )
+    assert ran.stdout.splitlines()[-1].startswith(said), ran.stdout

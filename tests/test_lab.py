@@ -189,6 +189,23 @@ def test_programs_run_as_another_user_and_only_that(lab: Lab) -> None:
     assert any("busctl" in line and "nobody" in line for line in names.splitlines())
 
 
+def test_the_daemon_is_stopped_killed_and_started_again(lab: Lab) -> None:
+    lab.daemon.start({"lock_timeout_s": 1})
+    assert lab.bus.owned("org.example.DiskSnapshot")
+    first = lab.daemon.pid
+    lab.daemon.kill()
+    assert lab.daemon.status == -signal.SIGKILL
+    lab.daemon.start()
+    assert "lock_timeout_s" in lab.daemon.config_file.read_text(), "it starts as it did before"
+    assert lab.daemon.pid != first
+    lab.daemon.restart()
+    lab.daemon.stop()
+    assert lab.daemon.status == 0
+    assert not lab.bus.owned("org.example.DiskSnapshot")
+    with pytest.raises(LabError, match="no_such_key"):
+        lab.daemon.start({"no_such_key": {"deep": [1, "two"]}})
+
+
 def test_a_disk_on_a_loop_device_and_one_on_a_small_file_system(lab: Lab) -> None:
     loop = lab.block.loop(64)
     mounted = lab.block.mounted("xfs")
@@ -242,6 +259,7 @@ def test_a_killed_run_leaves_nothing_behind(lab: Lab, nursery_too: bool) -> None
     assert not any(process.alive() for process in processes)
     assert not mounts_below(folder)
     assert not list(loops_below(folder))
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/*{folder.name}*"))
     assert not folder.exists()
     assert not Path(f"{folder}.lock").exists()
     assert folder.name not in run("ps", "-eo", "args")

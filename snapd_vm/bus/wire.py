@@ -200,11 +200,13 @@ def with_entries(message: bytes, entries: Sequence[bytes]) -> bytes:
     """The message, whose body is an empty dictionary, with these entries in it.
 
     An entry begins at a multiple of 8 wherever it stands, so its bytes are always the same. The
-    length of the array does not count the padding before its first entry.
+    length of the array counts neither the padding before its first entry nor any after its last.
     """
-    padded = b"".join(entry + b"\0" * (-len(entry) % 8) for entry in entries)
-    head = message[:4] + struct.pack("<I", 8 + len(padded)) + message[8:-8]
-    return head + struct.pack("<II", len(padded), 0) + padded
+    body = bytearray()
+    for entry in entries:
+        body += b"\0" * (-len(body) % 8) + entry
+    head = message[:4] + struct.pack("<I", 8 + len(body)) + message[8:-8]
+    return head + struct.pack("<II", len(body), 0) + body
 
 
 def _align(offset: int, to: int) -> int:

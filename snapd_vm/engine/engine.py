@@ -70,7 +70,6 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: set[asyncio.Task[Any]] = set()
         self._wake = asyncio.Event()
-        self._reconnected = asyncio.Event()
         self._closing = False
 
     # -- what the bus asks from memory -----------------------------------------------------------
@@ -217,14 +216,11 @@ class Engine:
         log.error("create %s of domain %s failed: %s", operation.tag.label, uuid, failed.error)
         if failed.held:
             await self._hold_again(uuid)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_UNDO_WAIT_S):
-                if not self.connected or _connection_lost(failed.error):
-                    await self._until_connected()
+                await self._until_reachable(uuid)
                 if uuid in self._held:
                     await self._release(self._held[uuid])
-        except TimeoutError:
-            pass
         lasting = dataclasses.replace(operation, failed=True)
         if not await self._settle(lasting, keep=False):
             await self._world.run(self._world.journal.begin, lasting)
@@ -300,10 +296,16 @@ class Engine:
         )
         self._wake.set()
 
-    async def _until_connected(self) -> None:
-        while not self.connected:
-            self._reconnected.clear()
-            await self._reconnected.wait()
+    async def _until_reachable(self, uuid: str) -> None:
+        """Wait until libvirt answers; what is known of the connection may be old news."""
+        while True:
+            try:
+                await self._world.run(self._world.hypervisor.read, uuid)
+                return
+            except HypervisorUnavailable:
+                await asyncio.sleep(0.1)
+            except SnapdError:
+                return
 
     # -- snapshots on record ---------------------------------------------------------------------
 
@@ -390,7 +392,6 @@ class Engine:
         for listener in self._listeners:
             listener.connection_changed(connected)
         if connected:
-            self._reconnected.set()
             self._wake.set()
 
     # -- small things ----------------------------------------------------------------------------
@@ -444,7 +445,3 @@ def _domain_of(found: Found) -> str:
 def _pinned(found: Found, request: Request) -> Request:
     """The request with the domain that was authorised, whatever becomes of its name."""
     return dataclasses.replace(request, uuid=_domain_of(found), domain="")
-
-
-def _connection_lost(error: BaseException) -> bool:
-    return bool(getattr(error, "lost", False))

@@ -3,8 +3,8 @@
 All functions block and run in worker threads. They know neither D-Bus nor libvirt. They raise
 SnapdErrors, with the reason as one sentence.
 
-`check` changes nothing, so that Plan is the same code as Create; `prepare` tells what it made before
-others can find it, so that a daemon killed at any moment finds it again in its journal.
+`check` changes nothing, so that Plan is the same code as Create; `prepare` tells what it made
+before others can find it, so that a daemon killed at any moment finds it again in its journal.
 """
 
 from __future__ import annotations

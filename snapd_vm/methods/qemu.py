@@ -17,6 +17,7 @@ from typing import Protocol
 from snapd_vm import storage
 from snapd_vm.errors import (
     Busy,
+    HypervisorUnavailable,
     InvalidState,
     MethodNotSupported,
     NameInUse,
@@ -63,6 +64,10 @@ class Qemu:
     def __init__(self, hypervisor: Hypervisor, overlay_dirs: Sequence[str]) -> None:
         self._hypervisor = hypervisor
         self._overlay_dirs = overlay_dirs
+        # Operations after which QEMU has no node that libvirt does not know: those of this process
+        # in which libvirt has not gone away in the middle of the switch. Only for the others is
+        # QEMU's monitor asked, as that marks the domain.
+        self._in_order: set[str] = set()
 
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
@@ -197,6 +202,7 @@ class Qemu:
             }
             prepared.append(dataclasses.replace(target, data=data))
         record(prepared)
+        self._in_order.add(tag.uuid)
         for target in prepared:
             found = _Overlay.of(target)
             with self._folder(os.path.dirname(found.path)) as fd:
@@ -206,7 +212,14 @@ class Qemu:
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One libvirt snapshot for all."""
         overlays = {t.disk: (str(t.data["overlay"]), "qcow2") for t in targets}
-        self._hypervisor.switch(str(targets[0].data["domain"]), overlays)
+        self._in_order.discard(tag.uuid)
+        try:
+            self._hypervisor.switch(str(targets[0].data["domain"]), overlays)
+        except HypervisorUnavailable as error:
+            if not getattr(error, "lost", True):
+                self._in_order.add(tag.uuid)
+            raise
+        self._in_order.add(tag.uuid)
 
     def taken(self, target: Target, tag: Tag) -> bool:
         """Whether libvirt says the overlay, live and (where it should) persistent.
@@ -247,17 +260,16 @@ class Qemu:
         if current != found.inode:
             log.warning("%s is not the overlay that we made; left alone", found.path)
             return removed
-        self._undo(found, target.disk)
+        self._undo(found, target.disk, in_order=tag.uuid in self._in_order)
         return self._unlink(found, os.path.basename(found.path)) or removed
 
-    def _undo(self, found: _Overlay, disk: str) -> None:
+    def _undo(self, found: _Overlay, disk: str, *, in_order: bool) -> None:
         """Bring the domain back to the origin, whatever it uses now, or raise.
 
         libvirt says  | locked: origin, overlay | what happened             | so
         overlay, live | -                       | switched                  | commit and pivot
-        overlay, off  | -                       | switched, not started     | define the origin again
-        origin, live  | yes, no                 | not switched              | nothing
-        origin, live  | yes, yes                | overlay open and unused   | remove its nodes
+        overlay, off  | -                       | switched, not started     | define the origin
+        origin, live  | yes, no or yes          | not switched              | remove nodes, if any
         origin, live  | no, yes                 | switched behind libvirt   | commit by the monitor
         origin, off   | -                       | ended since; data tells   | keep what has data
         """
@@ -278,7 +290,8 @@ class Qemu:
             self._refuse_if_written(found, "the domain has written to it")
             self._define_origin(found, disk)
         elif path == found.origin and domain.active:
-            self._settle_nodes(found, disk)
+            if not in_order:
+                self._settle_nodes(found, disk)
             self._define_origin(found, disk)
         elif path == found.origin:
             if overlay.written(found.path):
@@ -294,15 +307,13 @@ class Qemu:
             self._refuse_if_written(found, f"disk {disk} has another image now")
 
     def _settle_nodes(self, found: _Overlay, disk: str) -> None:
-        if not self._hypervisor.locked(found.path, "qcow2"):
-            self._refuse_if_written(found, "the domain runs on its base")
-            return
-        if self._hypervisor.locked(found.origin, found.origin_format):
-            log.warning("QEMU has the overlay of disk %s open unused; removing its nodes", disk)
-            self._hypervisor.drop_nodes(found.domain, found.path)
-        else:
+        locked = self._hypervisor.locked(found.path, "qcow2")
+        if locked and not self._hypervisor.locked(found.origin, found.origin_format):
             log.warning("QEMU writes to the overlay of disk %s unknown to libvirt", disk)
             self._hypervisor.commit_behind(found.domain, found.path, _COMMIT_LIMIT_S)
+        else:
+            self._refuse_if_written(found, "the domain runs on its base")
+            self._hypervisor.drop_nodes(found.domain, found.path)
 
     def _define_origin(self, found: _Overlay, disk: str) -> None:
         """Let the definition say the origin where it says the overlay."""

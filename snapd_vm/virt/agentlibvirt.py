@@ -116,6 +116,8 @@ def _agent_error(error: libvirt.libvirtError) -> AgentGone | AgentTimeout | Agen
     """What an error says of the agent; None: it is not about the agent (libvirt-virterror)."""
     code = error.get_error_code()
     message = " ".join((error.get_error_message() or "").split())
+    if code == libvirt.VIR_ERR_AGENT_UNRESPONSIVE and "not connected" in message:
+        return AgentGone(message)  # nothing was sent
     if code in (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED):
         return AgentTimeout(message)
     if code in _GONE:

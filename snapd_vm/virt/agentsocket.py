@@ -6,8 +6,9 @@ keeps us from thawing. It is shared by all SocketAgents of this process on the s
 whoever has to can thaw, and it ends with the process, so that another can. All other operations
 close theirs.
 
-Every operation begins with a handshake, which proves that the agent has worked off all that was
-sent before, a freeze that timed out too: a thaw that succeeds is the last word.
+Wherever a command has not been answered, the next operation begins with a handshake, which proves
+that the agent has worked off all that was sent before, a freeze that timed out too: a thaw that
+succeeds is the last word. Only a thaw right after the freeze's answer does without.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class SocketAgent:
         try:
             wire = wire or Wire(self._path, deadline)
             wire.deadline = deadline
-            wire.sync()
+            if not wire.in_step():
+                wire.sync()
             yield wire
             kept = kept if keep is None else keep
         except AgentTimeout:
@@ -129,7 +131,7 @@ class SocketAgent:
         finally:
             if wire is not None:
                 line.kept = wire
-                if wire.broken or not kept:
+                if not kept:
                     line.close()
             line.lock.release()
 
@@ -143,7 +145,7 @@ def _call(wire: Wire, command: str, arguments: Mapping[str, Json] | None = None)
     try:
         return wire.call(command, arguments)
     except AgentRefused as refusal:
-        if wire.broken or "disabled" not in str(refusal):
+        if "disabled" not in str(refusal):
             raise
         try:
             frozen = _status(wire) == "frozen"

@@ -18,7 +18,6 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import NoReturn
 
 from snapd_vm.model import Json
 from snapd_vm.virt.agent import AgentGone, AgentRefused, AgentTimeout
@@ -35,15 +34,12 @@ class _BrokenError(Exception):
 
 
 class Wire:
-    """A connected socket; `deadline` (monotonic, seconds) bounds every wait.
-
-    `broken`: the other end has gone, or is so out of step that only a new connection helps.
-    """
+    """A connected socket; `deadline` (monotonic, seconds) bounds every wait."""
 
     def __init__(self, path: str, deadline: float) -> None:
         """Connects. Raises AgentGone."""
         self.deadline = deadline
-        self.broken = False
+        self._answered = False
         self._buffer = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -58,19 +54,21 @@ class Wire:
 
     def hung_up(self) -> bool:
         """Whether the other end is known to have gone; does not wait."""
-        try:
-            self._socket.settimeout(0)
-            return not self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        return self._peek() == b""
+
+    def in_step(self) -> bool:
+        """Whether all that was asked has been answered, and nothing else has come since.
+
+        A handshake would prove no more: it would only keep a frozen guest waiting.
+        """
+        return self._answered and not self._buffer and self._peek() is None
 
     def sync(self) -> None:
         """The handshake. After it the agent has worked off all that was sent before.
 
         Raises AgentGone: nothing was asked of the agent.
         """
+        self._answered = False
         number = secrets.randbelow(2**53 - 1) + 1  # any JSON reader holds it exactly
         try:
             self._send("guest-sync-delimited", {"id": number}, before=_SENTINEL)
@@ -81,20 +79,21 @@ class Wire:
                     answer = _decode(line)
                 except ValueError:
                     continue
-                if isinstance(answer, dict) and _same(answer.get("return"), number):
+                if isinstance(answer, dict) and answer.get("return") == number:
+                    self._answered = True
                     return
         except TimeoutError:
             raise AgentGone("the agent does not answer the handshake in time") from None
         except _BrokenError as error:
-            self.broken = True
             raise AgentGone(str(error)) from None
 
     def call(self, command: str, arguments: Mapping[str, Json] | None = None) -> Json:
-        """Sends a command, which must follow a handshake, and returns what it returned.
+        """Sends a command, while in step with the agent, and returns what it returned.
 
         Raises AgentTimeout, and AgentRefused with the agent's words or where there is no making
         sense of them.
         """
+        self._answered = False
         try:
             self._send(command, arguments)
             line = b""
@@ -103,22 +102,33 @@ class Wire:
         except TimeoutError:
             raise AgentTimeout(f"the agent does not answer {command} in time") from None
         except _TooLongError:
-            self.broken = True
             raise AgentRefused(f"the agent's answer to {command} is too long") from None
         except _BrokenError as error:
-            self.broken = True
             raise AgentTimeout(f"{error}, before it answered {command}") from None
         try:
             answer = _decode(line)
         except ValueError:
             raise AgentRefused(f"the agent's answer to {command} can't be read") from None
+        self._answered = True
         if isinstance(answer, dict):
-            failure = answer.get("error")
-            if isinstance(failure, dict):
-                raise AgentRefused(_printable(failure.get("desc")))
-            if "return" in answer and failure is None:
+            if "error" in answer:
+                failure = answer["error"]
+                raise AgentRefused(
+                    _printable(failure.get("desc") if isinstance(failure, dict) else "")
+                )
+            if "return" in answer:
                 return answer["return"]
         raise AgentRefused(f"the agent's answer to {command} is neither a result nor an error")
+
+    def _peek(self) -> bytes | None:
+        """The next byte that has come, b'' after the end, None where there is none yet."""
+        try:
+            self._socket.settimeout(0)
+            return self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
 
     def _connect(self, path: str) -> None:
         try:
@@ -196,10 +206,7 @@ class _TooLongError(_BrokenError):
 
 
 def _decode(line: bytes) -> Json:
-    """JSON as the standard has it, without what Python adds to it. Raises ValueError."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
+    """JSON in which no key comes twice. Raises ValueError."""
 
     def once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
         found = dict(pairs)
@@ -208,14 +215,10 @@ def _decode(line: bytes) -> Json:
         return found
 
     try:
-        value: Json = json.loads(line.decode(), parse_constant=refuse, object_pairs_hook=once)
+        value: Json = json.loads(line.decode(), object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deep") from None
     return value
-
-
-def _same(value: Json, number: int) -> bool:
-    return type(value) is int and value == number  # True == 1, and 1.0 == 1
 
 
 def _printable(text: Json) -> str:

@@ -76,7 +76,10 @@ class Monitor:
         self.drop_nodes(overlay)
 
     def drop_nodes(self, overlay: str) -> None:
-        """Remove the nodes that have `overlay` open and that nobody uses (blockdev-del)."""
+        """Remove the nodes that have `overlay` open and that nobody uses (blockdev-del).
+
+        There may be both, the file's alone (which takes no lock), or none.
+        """
         for driver in (True, False):  # the format node holds the file's node
             node = self._node(overlay, driver=driver)
             if node is not None:
@@ -86,7 +89,7 @@ class Monitor:
         """The name of the format node (`driver`) or of the file's node of `overlay`."""
         for node in self._execute("query-named-block-nodes", {"flat": True}):
             is_file = node["drv"] in ("file", "host_device")
-            if node["file"] == overlay and is_file != driver:
+            if is_file != driver and _local_file(node["file"]) == overlay:
                 return str(node["node-name"])
         return None
 
@@ -99,3 +102,11 @@ class Monitor:
             raise StorageFailed(f"QEMU refused {name}: {answer['error'].get('desc', '')}.")
         log.info("asked QEMU's monitor of %s for %s", self._uuid, name)
         return answer["return"]
+
+
+def _local_file(name: str) -> str:
+    """The local file of a node: QEMU calls one that was opened with options "json:{...}"."""
+    if not name.startswith("json:"):
+        return name
+    file = json.loads(name.removeprefix("json:")).get("file")
+    return str(file.get("filename", "")) if isinstance(file, dict) else ""

@@ -31,8 +31,8 @@ class FakeAgent:
     """Serves one client at a time on `path`, in a thread of its own, while it is entered.
 
     `answers` replaces what a command is answered with, word for word; None says nothing at all.
-    `greeting` is sent to each client unasked, and `flood` sends on without end. `slowly` sends byte by byte, `pause` seconds apart.
-    `received` are the commands in the order in which they were read.
+    `greeting` is sent to each client unasked, and `flood` sends on without end. `slowly` sends byte
+    by byte, `pause` seconds apart. `received` are the commands in the order they were read in.
     """
 
     def __init__(self, path: Path) -> None:

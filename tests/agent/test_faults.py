@@ -149,6 +149,11 @@ def test_a_hostile_answer_is_a_refusal(
     assert took(lambda: make(client, 5), AgentRefused) < 1
 
 
+def test_an_answer_without_end_is_not_waited_for(fake: FakeAgent, client: SocketAgent) -> None:
+    fake.answers["guest-get-fsinfo"] = b"x" * (3 << 20)
+    assert took(lambda: client.fsinfo(5), AgentRefused, "too long") < 1
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     st.recursive(
@@ -194,7 +199,7 @@ def test_a_refused_freeze_is_put_down_to_a_frozen_guest_only_if_it_is_one(
         with pytest.raises(AgentRefused) as caught:
             client.freeze(None, 5)
         assert caught.value.frozen_already is frozen
-    fake.frozen = False
+    fake.frozen = True  # by this very freeze, of which another file system failed
     fake.answers["guest-fsfreeze-freeze"] = b'{"error": {"desc": "failed to freeze /frozen"}}\n'
     with pytest.raises(AgentRefused, match="failed to freeze /frozen") as caught:
         client.freeze(None, 5)
@@ -237,6 +242,19 @@ class TestKeptConnection:
             assert client.status(5) == "frozen"
             assert client.thaw(5) == 2
             assert other.recv(100), "the channel is free again"
+
+    def test_does_without_a_handshake_only_while_all_is_answered(
+        self, fake: FakeAgent, client: SocketAgent
+    ) -> None:
+        client.freeze(None, 5)
+        fake.received.clear()
+        client.thaw(5)
+        assert fake.received == ["guest-fsfreeze-thaw"]
+        fake.answers["guest-fsfreeze-freeze"] = result(2) + result(3)
+        client.freeze(None, 5)
+        fake.received.clear()
+        assert client.thaw(5) == 0
+        assert fake.received == ["guest-sync-delimited", "guest-fsfreeze-thaw"]
 
     def test_is_shared_so_that_another_can_thaw(self, fake: FakeAgent, client: SocketAgent) -> None:
         client.freeze(None, 5)

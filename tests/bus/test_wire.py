@@ -7,12 +7,21 @@ import socket
 import struct
 
 import pytest
+from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapd_vm.bus.connection import decode
 from snapd_vm.bus.reader import Reader
-from snapd_vm.bus.wire import Frames, HeaderUnreadable, Incoming, StreamBroken, read_message
+from snapd_vm.bus.wire import (
+    Frames,
+    HeaderUnreadable,
+    Incoming,
+    StreamBroken,
+    read_message,
+    with_entries,
+)
 from snapd_vm.bus.writer import Writer
 from tests.bus.clients import marshalled
 
@@ -87,6 +96,25 @@ def test_no_bytes_raise_anything_else(noise: bytes, at: int, value: int) -> None
                 pass
         except StreamBroken:
             pass
+
+
+def test_entries_that_are_put_together_are_the_whole() -> None:
+    values = {"a" * n: "b" * (n * 3 % 7) for n in range(1, 20)}
+
+    def answer(body: dict[str, str]) -> bytes:
+        reply = Message(
+            destination=":1.5",
+            message_type=MessageType.METHOD_RETURN,
+            reply_serial=3,
+            signature="a{ss}",
+            body=[body],
+        )
+        return marshalled(reply, 7)
+
+    entries = [read_message(answer({k: v})).body[8:] for k, v in values.items()]
+    whole, joined = read_message(answer(values)), read_message(with_entries(answer({}), entries))
+    assert decode(joined, "a{ss}") == [values]
+    assert joined.body == whole.body
 
 
 async def test_a_full_socket_is_waited_for() -> None:

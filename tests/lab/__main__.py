@@ -13,7 +13,7 @@ from tests.lab.cleanup import cleanup
 from tests.lab.deadline import LabError
 from tests.lab.lab import Lab
 
-USAGE = """usage: python -m tests.lab up      a shell with a guest, libvirt, a bus, polkitd and the daemon
+USAGE = """usage: python -m tests.lab up      a guest, libvirt, a bus, polkitd, the daemon, a shell
        python -m tests.lab clean   take away what killed runs have left"""
 
 

@@ -10,6 +10,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+from tests.lab.cgroups import remove_cgroups
 from tests.lab.deadline import LabError, wait_until
 from tests.lab.mounts import detach_below
 from tests.lab.run import Run
@@ -31,7 +32,7 @@ def cleanup() -> list[str]:
 
 
 def clean(run: Run) -> None:
-    """Take away one run: processes, guests, mounts, loop devices, folder, in this order."""
+    """Take away one run: processes, guests, cgroups, mounts, loops, folder, in this order."""
     done = False
     try:
         if run.nursery is not None:
@@ -43,6 +44,7 @@ def clean(run: Run) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_until(f"end of the guests of {run.name}", lambda: not _emulators(run), 10)
+        remove_cgroups(run.domain_prefix)
         detach_below(run.folder)
         done = True
     except (LabError, OSError) as error:

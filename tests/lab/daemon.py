@@ -50,8 +50,8 @@ class Daemon:
     @property
     def pid(self) -> int:
         """The pid of the running daemon."""
-        if self._process is None:
-            raise LabError("the daemon was not started")
+        if self._process is None or not self.running:
+            raise LabError("the daemon does not run")
         return self._process.pid
 
     @property
@@ -64,7 +64,11 @@ class Daemon:
         """Its exit status, negative for a signal's number; None while it runs."""
         if self._process is None or self._run.nursery is None:
             raise LabError("the daemon was not started")
-        return self._run.nursery.status(self._process)
+        nursery, process = self._run.nursery, self._process
+        if process.alive():
+            return None
+        wait_until("the daemon's exit status", lambda: nursery.status(process) is not None, 5)
+        return nursery.status(process)
 
     @property
     def log(self) -> str:
@@ -113,9 +117,9 @@ class Daemon:
 
     def stop(self, timeout: float = 30) -> None:
         """SIGTERM, and wait for the end; being still there after `timeout` is an error."""
-        if self._process is None:
-            return
         process = self._process
+        if process is None or not process.alive():
+            return
         process.signal(signal.SIGTERM)
         try:
             wait_until("the daemon ends after SIGTERM", lambda: not process.alive(), timeout)
@@ -127,7 +131,8 @@ class Daemon:
         if self._process is not None:
             self._process.signal(signal.SIGKILL)
             end(self._process)
-            self._process = None
+            # or the next start could take the name of the one before for its own
+            wait_until("the daemon is off the bus", lambda: not self._bus.owned(NAME), 5)
 
     def restart(self) -> None:
         """Stop, and start as before."""

@@ -177,6 +177,13 @@ class Guest:
         if pause_us is not None:
             self.control.ask("pause", str(pause_us))
         self.control.ask("writer", "on" if on else "off")
+        seen: list[int] = []
+
+        def settled() -> bool:
+            seen.append(sum(stall.sequence for stall in self.stalls().values()))
+            return on or seen[-2:-1] == seen[-1:]
+
+        wait_until(f"{self.name} ends its last writes", settled, 10, 0.05)
 
     def sync(self, timeout: float = 10) -> None:
         """sync(2)."""

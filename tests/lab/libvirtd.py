@@ -45,6 +45,8 @@ class Libvirtd:
             source = Path("/etc/libvirt") / setting
             if source.exists():
                 shutil.copy(source, self._folder / "etc")
+        with (self._folder / "etc/qemu.conf").open("a") as settings:
+            settings.write('security_driver = "none"\n')  # the same everywhere: no AppArmor
         cache = cache_dir() / "libvirt"
         cache.mkdir(parents=True, exist_ok=True)
         (self._folder / "cache").rmdir()

@@ -98,6 +98,7 @@ class Polkit:
         """Stop it: nobody answers for polkit then."""
         if self._process is not None:
             end(self._process)
+            wait_until("polkitd is off the bus", lambda: not self._bus.owned(NAME), 5)
             self._process = None
 
     def rules(self, javascript: str) -> None:

@@ -57,8 +57,8 @@ def attempt(
             group=account.pw_gid if account else None,
             user=account.pw_uid if account else None,
         )
-    except FileNotFoundError as error:
-        raise LabError(f"not installed: {error.filename}") from error
+    except OSError as error:  # not there, or not for this user
+        raise LabError(f"could not run {words[0]}: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise LabError(f"{' '.join(words)}: not done after {timeout:g} s") from error
 

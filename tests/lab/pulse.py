@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -42,7 +43,8 @@ class Pulse:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
         self._socket.close()
         now = time.monotonic()
@@ -51,10 +53,11 @@ class Pulse:
         self._last.clear()
 
     def _listen(self) -> None:
-        while disks := self._socket.recv(4096):
-            now = time.monotonic()
-            for disk in disks:
-                gap = now - self._last.get(disk, now)
-                self._longest[disk] = max(self._longest.get(disk, 0.0), gap)
-                self._last[disk] = now
-            self._started.set()
+        with suppress(OSError):  # QEMU ended: nothing more to hear
+            while disks := self._socket.recv(4096):
+                now = time.monotonic()
+                for disk in disks:
+                    gap = now - self._last.get(disk, now)
+                    self._longest[disk] = max(self._longest.get(disk, 0.0), gap)
+                    self._last[disk] = now
+                self._started.set()

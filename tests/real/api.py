@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dbus_next import Variant
 from dbus_next.constants import MessageType
+from dbus_next.signature import Variant
 from lxml import etree
 
 from snapd_vm.errors import PREFIX
@@ -116,9 +116,7 @@ class Api:
     ) -> dict[str, Any]:
         """Plan on the guest's domain object."""
         args = (disk_xml, method_xml, name, flags)
-        found: dict[str, Any] = (
-            await self.call(path_of(guest), DOMAIN, "Plan", "sssu", *args)
-        )[0]
+        found: dict[str, Any] = (await self.call(path_of(guest), DOMAIN, "Plan", "sssu", *args))[0]
         return found
 
     async def disks(self, guest: Guest) -> list[dict[str, str]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +56,15 @@ def guest(lab: Lab) -> Iterator[Guest]:
 def scratch(lab: Lab, tmp_path: Path) -> Path:
     """A folder for copies of images."""
     return tmp_path
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of the daemon's log where a test failed."""
+    report = yield
+    lab = getattr(item, "funcargs", {}).get("lab")
+    if report.failed and isinstance(lab, Lab):
+        report.sections.append(("the daemon's log", lab.daemon.log[-6000:]))
+    return report

@@ -1,10 +1,9 @@
-"""The daemon killed at every step of a Create: afterwards the snapshot is there, or nothing of it."""
+"""The daemon killed at every step of a Create: the snapshot is there then, or nothing of it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from tests.bus.clients import Client
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import CHECKOUT
+from tests.lab.program import attempt
 from tests.real import images
 from tests.real.api import QUIESCE_REQUIRED, Api, ApiError
 
@@ -94,7 +93,9 @@ async def test_killed_at(faulty: Lab, guest: Guest, scratch: Path, step: Step, f
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
     faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
     outcome = await agrees(api, guest, before, file_before)
-    expected = "snapshot" if list(Step).index(step) >= list(Step).index(Step.SWITCHED) else "nothing"
+    expected = (
+        "snapshot" if list(Step).index(step) >= list(Step).index(Step.SWITCHED) else "nothing"
+    )
     assert outcome == expected
     assert guest.read("vda", "mark") == f"{step}-{flags}"
     created = await api.create(guest, flags=QUIESCE_REQUIRED)  # and all is well again
@@ -126,14 +127,7 @@ async def test_what_a_dead_daemon_left_frozen_is_thawed_by_exec_stop_post(
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
     guest.stands_still()
     argv = [sys.executable, "-m", "snapd_vm", "daemon", "--thaw-held"]
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [*argv, "--config", faulty.daemon.config_file],
-        env={**os.environ, **faulty.bus.env},
-        cwd=CHECKOUT,
-        timeout=60,
-        check=False,
-    )
+    done = attempt([*argv, "--config", faulty.daemon.config_file], env=faulty.bus.env, timeout=60)
     assert done.returncode == 0
     guest.writes_go_on()
     assert not guest.agent_says_frozen()

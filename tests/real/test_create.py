@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from lxml import etree
@@ -134,7 +135,7 @@ async def test_the_guest_boots_from_the_overlay_and_its_data_are_there(api: Api,
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("state", ["running", "paused", "shutoff"])
 async def test_formats_and_states(
-    api: Api, lab: Lab, scratch: Path, image_format: str, state: str
+    api: Api, lab: Lab, scratch: Path, image_format: Literal["qcow2", "raw"], state: str
 ) -> None:
     guest = lab.guest([DiskSpec(format=image_format)])
     guest.write("vda", "mark", "there")

@@ -1,4 +1,5 @@
-/* The guest agents: one real qemu-ga for each virtio port whose name says guest_agent, each with a state of its own. */
+/* The guest agents: one real qemu-ga for each virtio port whose name says guest_agent, each with a
+ * state of its own. */
 #define _GNU_SOURCE
 #include "lab.h"
 
@@ -60,10 +61,10 @@ void agents_start(void)
         agent->pid = fork();
         if (agent->pid == 0) {
             sigset_t none;
-            sigemptyset(&none); /* PID 1 has them blocked for its signalfd, and exec would hand that on */
+            sigemptyset(&none); /* PID 1 blocks them for its signalfd; exec would hand that on */
             sigprocmask(SIG_SETMASK, &none, NULL);
-            execl("/usr/sbin/qemu-ga", "qemu-ga", "-m", "virtio-serial", "-p", agent->device, "-t", agent->state,
-                  (char *)NULL);
+            execl("/usr/sbin/qemu-ga", "qemu-ga", "-m", "virtio-serial", "-p", agent->device, "-t",
+                  agent->state, (char *)NULL);
             _exit(127);
         }
         if (agent->pid < 0)
@@ -102,8 +103,8 @@ void agents_list(char *json, size_t size)
         char frozen[64];
         /* qemu-ga keeps this file while it believes the guest frozen, also over its own death. */
         snprintf(frozen, sizeof frozen, "%s/qga.state.isfrozen", agent->state);
-        used = append(json, size, used, "%s\"%s\":{\"pid\":%d,\"stopped\":%s,\"frozen\":%s}", i ? "," : "",
-                      agent->port, agent->pid, agent->stopped ? "true" : "false",
+        used = append(json, size, used, "%s\"%s\":{\"pid\":%d,\"stopped\":%s,\"frozen\":%s}",
+                      i ? "," : "", agent->port, agent->pid, agent->stopped ? "true" : "false",
                       access(frozen, F_OK) ? "false" : "true");
     }
     append(json, size, used, "}");

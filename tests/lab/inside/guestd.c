@@ -1,5 +1,6 @@
-/* PID 1 of the lab's guest: starts the rest and answers the host's lines "ID COMMAND ARGUMENTS" with "ID ok JSON"
- * or "ID error REASON". The loop itself never touches a disk: what may block runs in a thread that answers later. */
+/* PID 1 of the lab's guest: starts the rest and answers the host's lines "ID COMMAND ARGUMENTS"
+ * with "ID ok JSON" or "ID error REASON". The loop itself never touches a disk: what may block runs
+ * in a thread that answers later. */
 #define _GNU_SOURCE
 #include "lab.h"
 
@@ -50,8 +51,8 @@ int fail(char *reply, const char *what)
     return -1;
 }
 
-/* One byte to the host for each completed write, dropped if nobody listens. The guest's own clock stands still
- * while its vCPUs are stopped, so only the host can see how long that was. */
+/* One byte to the host for each completed write, dropped if nobody listens. The guest's own clock
+ * stands still while its vCPUs are stopped, so only the host can see how long that was. */
 void pulse(char disk)
 {
     if (pulse_port >= 0 && write(pulse_port, &disk, 1) < 0)
@@ -62,9 +63,10 @@ static void answer(const char *id, int result, const char *reply)
 {
     char line[REPLY_SIZE + 64];
     const char *body = *reply ? reply : "{}";
-    size_t length = append(line, sizeof line, 0, "%s %s %s\n", id, result ? "error" : "ok", body), sent = 0;
+    size_t length = append(line, sizeof line, 0, "%s %s %s\n", id, result ? "error" : "ok", body);
+    size_t sent = 0;
     pthread_mutex_lock(&answering);
-    for (int tries = 0; sent < length && tries < 100; tries++) { /* the host may have left: then drop it */
+    for (int tries = 0; sent < length && tries < 100; tries++) { /* the host may have left */
         ssize_t part = write(control, line + sent, length - sent);
         if (part > 0)
             sent += (size_t)part;
@@ -147,8 +149,8 @@ static void handle(const char *line)
     struct order order = {0};
     char reply[REPLY_SIZE] = "";
     int result = 0;
-    if (sscanf(line, "%15s %31s %31s %63s %1023[^\n]", order.id, order.command, order.disk, order.file,
-               order.text) < 2)
+    if (sscanf(line, "%15s %31s %31s %63s %1023[^\n]", order.id, order.command, order.disk,
+               order.file, order.text) < 2)
         return;
     const char *command = order.command, *word = order.disk;
     if (!strcmp(command, "ping"))
@@ -253,7 +255,8 @@ int main(void)
     in_thread(watch_button, "/dev/input/event0");
     in_thread(watch_button, "/dev/input/event1");
     control = open_port(CONTROL_PORT);
-    struct pollfd sources[] = {{.fd = signal_fd, .events = POLLIN}, {.fd = control, .events = POLLIN}};
+    struct pollfd sources[] = {{.fd = signal_fd, .events = POLLIN},
+                               {.fd = control, .events = POLLIN}};
     for (;;) {
         poll(sources, 2, -1);
         struct signalfd_siginfo signal;

@@ -1,5 +1,6 @@
-/* What the three parts of guestd share. guestd is PID 1 of the lab's guest: it keeps the disks busy, runs the
- * guest agents, and tells the host what the guest felt, over a serial port that no frozen file system can block. */
+/* What the parts of guestd share. guestd is PID 1 of the lab's guest: it keeps the disks busy, runs
+ * the guest agents, and tells the host what the guest felt, over a serial port that no frozen file
+ * system can block. */
 #ifndef LAB_H
 #define LAB_H
 
@@ -17,10 +18,15 @@ void disks_set_writing(bool on);
 void disks_set_pause(unsigned microseconds);
 void disks_reset(void);
 void disks_stalls(char *json, size_t size);
-/* Each of these may block on a frozen file system, and so runs in a thread of its own. They fill `reply` with
- * JSON and return 0, or return -1 with the reason in it. */
+void disks_leave(void);
+const char *disk_directory(const char *disk, char *reply); /* where it is mounted */
+
+/* disks.c and orders.c. Each of these may block on a frozen file system, and so runs in a thread of
+ * its own. They fill `reply` with JSON and return 0, or return -1 with the reason in it. */
 int disk_mount(const char *disk, char *reply);
 int disk_umount(const char *disk, char *reply);
+
+/* orders.c */
 int disk_hold_freeze(const char *disk, char *reply);
 int disk_release_freeze(const char *disk, char *reply);
 int disk_bad_mount(const char *disk, char *reply);
@@ -28,7 +34,6 @@ int disk_good_mount(const char *disk, char *reply);
 int disk_write(const char *disk, const char *file, const char *text, char *reply);
 int disk_read(const char *disk, const char *file, char *reply);
 int disk_fill(const char *disk, const char *file, unsigned mebibytes, char *reply);
-void disks_leave(void);
 
 /* agents.c */
 void agents_start(void);
