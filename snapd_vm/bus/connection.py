@@ -25,6 +25,7 @@ from snapd_vm.bus import wire
 from snapd_vm.bus.reader import Reader
 from snapd_vm.bus.remote import (
     ADD_MATCH,
+    ANSWER_LIMIT_S,
     BUS,
     LEAVING,
     PING,
@@ -39,9 +40,6 @@ from snapd_vm.bus.wire import Dictionary, Entry, Incoming, Typed, with_entries
 from snapd_vm.bus.writer import Writer
 
 log = logging.getLogger(__name__)
-
-ANSWER_LIMIT_S = 25.0
-"""How long another service may take to answer, as libdbus has it."""
 
 
 class Connection:
@@ -96,8 +94,9 @@ class Connection:
 
     def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
         """Sends a signal to all who listen; to nobody if the connection is gone."""
-        fields = {"path": path, "interface": interface, "member": member}
-        self._send(MessageType.SIGNAL, signature, body, **fields)
+        self._send(
+            MessageType.SIGNAL, signature, body, path=path, interface=interface, member=member
+        )
 
     def answer(self, call: Incoming, signature: str, body: Sequence[Any]) -> None:
         """Answers a call, if its sender waits. Raises ValueError for a body that does not fit.
@@ -194,11 +193,8 @@ class Connection:
             self.on_call(message)
         elif message.kind in (wire.METHOD_RETURN, wire.ERROR):
             self._replied(message)
-        elif (message.kind, message.sender, message.member) == (
-            wire.SIGNAL,
-            BUS,  # filled in by the bus itself: nobody else can send as the bus
-            "NameOwnerChanged",
-        ):
+        elif message.sender == BUS and message.member == "NameOwnerChanged":
+            # The bus itself fills in the sender: nobody else can send as the bus.
             name, _, new = decode(message, "sss")
             if not new and name.startswith(":"):
                 self.on_leave(name)
@@ -250,25 +246,26 @@ async def open_connection(limit: float = ANSWER_LIMIT_S) -> Connection:
 
     `limit` in seconds. Raises ConnectionLost.
     """
+    bus: Any = MessageBus.__new__(MessageBus)
     try:
-        bus = MessageBus(bus_type=BusType.SYSTEM)
+        bus.__init__(bus_type=BusType.SYSTEM)
     except (OSError, ValueError) as error:
+        if hasattr(bus, "_sock"):  # it leaves its socket open when it can't connect
+            bus._stream.close()
+            bus._sock.close()
         raise ConnectionLost(f"The system bus can't be reached: {error}; start it.") from error
     connection = Connection(bus)
     try:
         async with asyncio.timeout(limit):
             await bus.connect()
-    except (OSError, EOFError, TimeoutError, AuthError) as error:
+    except (OSError, EOFError, TimeoutError, ValueError, AuthError) as error:
         await connection.close()
         raise ConnectionLost(f"The system bus did not accept us: {error!r}.") from error
     return connection
 
 
 def decode(message: Incoming, signature: str) -> list[Any]:
-    """Reads the first arguments of a body, of the types in `signature`.
-
-    The caller has compared `signature` with the one that the message says.
-    """
+    """Reads the first arguments of a body, of these types: those that the message says it has."""
     reader: Any = Unmarshaller(None)  # type: ignore[no-untyped-call]
     reader.buf = bytearray(message.body)
     reader.endian = ord("l") if message.little_endian else ord("B")

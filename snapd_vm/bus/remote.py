@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ANSWER_LIMIT_S = 25.0
+"""How long another service may take to answer, as libdbus has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Remote:

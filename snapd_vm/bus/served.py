@@ -5,13 +5,13 @@ Only ties the parts together.
 
 from __future__ import annotations
 
-from snapd_vm.bus.connection import ANSWER_LIMIT_S, Connection, open_connection
+from snapd_vm.bus.connection import Connection, open_connection
 from snapd_vm.bus.contract import BUS_NAME, load_contract
 from snapd_vm.bus.guard import Guard
 from snapd_vm.bus.objects import METHODS
 from snapd_vm.bus.polkit import Authority, Polkit
 from snapd_vm.bus.publish import Publisher
-from snapd_vm.bus.remote import ConnectionLost
+from snapd_vm.bus.remote import ANSWER_LIMIT_S, ConnectionLost
 from snapd_vm.bus.standard import STANDARD_METHODS
 from snapd_vm.bus.tree import Tree
 from snapd_vm.engine.service import Service

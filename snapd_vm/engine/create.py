@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 import uuid as uuids
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -202,22 +202,30 @@ def _draft(choice: Choice, size: int, consistency: Consistency) -> Snapshot:
     )
 
 
-def take(world: World, choice: Choice, flags: Flags) -> tuple[Operation, list[Snapshot], bool]:
+def take(
+    world: World, choice: Choice, flags: Flags, resumed: Callable[[], bool]
+) -> tuple[Operation, list[Snapshot], bool]:
     """Do it: from the journal's first entry to the reading back, its last entry not included.
 
-    Returns the operation, its snapshots, and whether the guest may be frozen still. Raises Failed
-    for what has to be undone, and other SnapdErrors where nothing was changed.
+    `resumed` tells whether the domain's vCPUs were started meanwhile. Returns the operation, its
+    snapshots, and whether the guest may be frozen still. Raises Failed for what has to be undone,
+    and other SnapdErrors where nothing was changed.
     """
     agent = world.hypervisor.agent(choice.domain)
     try:
         quiesce = _survey(world, agent, choice, flags)
-        return _take(world, choice, flags, agent, quiesce)
+        return _take(world, choice, flags, agent, quiesce, resumed)
     finally:
         agent.close()
 
 
 def _take(
-    world: World, choice: Choice, flags: Flags, agent: Agent, quiesce: _Quiesce | None
+    world: World,
+    choice: Choice,
+    flags: Flags,
+    agent: Agent,
+    quiesce: _Quiesce | None,
+    resumed: Callable[[], bool],
 ) -> tuple[Operation, list[Snapshot], bool]:
     method, tag = choice.method, choice.tag
     world.reach(Step.CHECKED)
@@ -266,7 +274,7 @@ def _take(
             held = frozen.held
         if frozen.error is not None and Flags.QUIESCE_REQUIRED in flags:
             raise frozen.error
-        snapshots = [_read_back(world, choice, operation, frozen)]
+        snapshots = [_read_back(world, choice, operation, frozen, resumed)]
         world.reach(Step.READ_BACK)
     except BaseException as error:
         raise Failed(error, operation, held=held) from error
@@ -274,7 +282,11 @@ def _take(
 
 
 def _read_back(
-    world: World, choice: Choice, operation: Operation, frozen: freeze.Frozen
+    world: World,
+    choice: Choice,
+    operation: Operation,
+    frozen: freeze.Frozen,
+    resumed: Callable[[], bool],
 ) -> Snapshot:
     """The snapshot as it is, from what libvirt and the storage say now."""
     draft = operation.drafts[0]
@@ -286,7 +298,7 @@ def _read_back(
     if frozen.quiesced:
         consistency = Consistency.QUIESCED
     same = (domain.id, domain.state) == (choice.domain.id, choice.domain.state)
-    if consistency is not Consistency.QUIESCED and not same:
+    if consistency is not Consistency.QUIESCED and (resumed() or not same):
         consistency = Consistency.CRASH  # started, resumed or stopped meanwhile
     return finish(draft, consistency, disk, choice.disk.path, frozen)
 

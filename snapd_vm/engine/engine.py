@@ -174,7 +174,7 @@ class Engine:
             choice = await world.run(create.choose, world, uuid, request, self._names(uuid))
             try:
                 operation, snapshots, held = await world.run(
-                    create.take, world, choice, request.flags
+                    create.take, world, choice, request.flags, lambda: uuid in self._resumed
                 )
             except Failed as failed:
                 await self._undo(failed)

@@ -7,9 +7,10 @@ from tests.lab.cleanup import cleanup
 from tests.lab.control import NoAnswerError
 from tests.lab.deadline import LabError, wait_until
 from tests.lab.disks import Disk, DiskSpec
-from tests.lab.guest import Guest, Stall
+from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.polkit import allow
+from tests.lab.stall import Stall
 
 __all__ = [
     "Disk",

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.lab.bus import NAME, Bus
 from tests.lab.deadline import LabError, wait_until
+from tests.lab.libvirtd import Libvirtd
 from tests.lab.process import Process, end, tail
 from tests.lab.program import CHECKOUT
 from tests.lab.run import Run
@@ -35,10 +36,10 @@ def toml(values: Mapping[str, Any], prefix: str = "") -> str:
 class Daemon:
     """`snapd-vm daemon`, not running until `start()`."""
 
-    def __init__(self, run: Run, bus: Bus, uri: str) -> None:
+    def __init__(self, run: Run, bus: Bus, libvirtd: Libvirtd) -> None:
         self._run = run
         self._bus = bus
-        self._uri = uri
+        self._libvirtd = libvirtd
         self._process: Process | None = None
         self.state_dir = run.folder / "daemon"
         self.config_file = run.folder / "snapd-vm.toml"
@@ -93,11 +94,11 @@ class Daemon:
             raise LabError("the daemon runs already")
         if config is not None or argv is not None or env is not None:
             self.config, self.argv, self.env = dict(config or {}), argv or ARGV, env or {}
-        whole = {"uri": self._uri, "state_dir": str(self.state_dir), **self.config}
+        whole = {"uri": self._libvirtd.uri, "state_dir": str(self.state_dir), **self.config}
         self.config_file.write_text(toml(whole))
         self._process = self._run.start(
             "daemon",
-            [*self.argv, "--config", self.config_file],
+            [*self._libvirtd.inside(CHECKOUT), *self.argv, "--config", self.config_file],
             self.log_file,
             env={"PYTHONUNBUFFERED": "1", **self._bus.env, **self.env},
             cwd=CHECKOUT,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid as uuids
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from tests.lab.control import Control
@@ -17,23 +16,9 @@ from tests.lab.image import GuestImage
 from tests.lab.process import tail
 from tests.lab.pulse import Pulse
 from tests.lab.run import Run
+from tests.lab.stall import Stall, stall_of
 
 BOOT_S = 90  # it takes 3 s; a machine with two cores and many guests takes its time
-
-
-@dataclass(frozen=True)
-class Stall:
-    """What the writer on one disk has seen since the last reset, by the guest's clock.
-
-    That clock stands still while the vCPUs are stopped; `Guest.watch()` goes by the host's.
-    """
-
-    longest_s: float  # between two writes that were completed, or since the last one
-    current_s: float  # since the last one that was completed: how long it stands still now
-    writes: int
-    sequence: int  # of the last record; ring.py finds it in an image
-    mounted: bool
-    failed: bool  # a write failed: the writer has given up
 
 
 class Guest:
@@ -126,17 +111,7 @@ class Guest:
 
     def stalls(self) -> dict[str, Stall]:
         """What each writer has seen since the last reset, by target."""
-        return {
-            name: Stall(
-                longest_s=seen["longest_ns"] / 1e9,
-                current_s=seen["current_ns"] / 1e9,
-                writes=seen["writes"],
-                sequence=seen["sequence"],
-                mounted=seen["mounted"],
-                failed=seen["failed"],
-            )
-            for name, seen in self.control.ask("stall").items()
-        }
+        return {name: stall_of(seen) for name, seen in self.control.ask("stall").items()}
 
     def longest_stall(self) -> float:
         """The longest any of its disks stood still since the last reset, in seconds."""
@@ -177,13 +152,12 @@ class Guest:
         if pause_us is not None:
             self.control.ask("pause", str(pause_us))
         self.control.ask("writer", "on" if on else "off")
-        seen: list[int] = []
-
-        def settled() -> bool:
-            seen.append(sum(stall.sequence for stall in self.stalls().values()))
-            return on or seen[-2:-1] == seen[-1:]
-
-        wait_until(f"{self.name} ends its last writes", settled, 10, 0.05)
+        if not on:
+            wait_until(
+                f"{self.name} ends its last writes",
+                lambda: not any(stall.busy for stall in self.stalls().values()),
+                10,
+            )
 
     def sync(self, timeout: float = 10) -> None:
         """sync(2)."""

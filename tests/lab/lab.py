@@ -64,7 +64,7 @@ class Lab:
             self.polkit = Polkit(self.run, self.bus)
             if self._with_polkit:
                 self.polkit.start()
-            self.daemon = Daemon(self.run, self.bus, self.libvirtd.uri)
+            self.daemon = Daemon(self.run, self.bus, self.libvirtd)
             self.block = BlockDevices(self.run)
             self._stack = stack.pop_all()
         return self

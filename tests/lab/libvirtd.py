@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab.deadline import LabError, wait_until
@@ -61,6 +62,16 @@ class Libvirtd:
     def pid(self) -> int:
         """The pid of libvirtd."""
         return self._libvirtd.pid
+
+    def inside(self, cwd: Path) -> Sequence[str | Path]:
+        """What goes before a program's arguments for it to see libvirt's files as libvirtd does.
+
+        virtlogd's mount name space is taken, which is made like libvirtd's and outlives it.
+        """
+        process = self._processes.get("virtlogd")
+        if process is None or not process.alive():
+            return ()
+        return ("nsenter", f"--mount=/proc/{process.pid}/ns/mnt", "env", "-C", cwd)
 
     @property
     def _libvirtd(self) -> Process:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,12 +36,27 @@ def daemon(lab: Lab) -> Iterator[Lab]:
         lab.daemon.stop()
 
 
+Connect = Callable[[], Awaitable[Api]]
+
+
 @pytest.fixture
-async def api(daemon: Lab) -> AsyncIterator[Api]:
+async def connect(lab: Lab) -> AsyncIterator[Connect]:
+    """Makes clients of whatever daemon is there; closes them at the end."""
+    clients: list[Client] = []
+
+    async def new() -> Api:
+        clients.append(await Client.connect(lab.address))
+        return Api(clients[-1])
+
+    yield new
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+async def api(daemon: Lab, connect: Connect) -> Api:
     """A client of that daemon, who is root."""
-    client = await Client.connect(daemon.address)
-    yield Api(client)
-    client.close()
+    return await connect()
 
 
 @pytest.fixture(scope="module")

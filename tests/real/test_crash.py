@@ -12,13 +12,13 @@ import pytest
 from lxml import etree
 
 from snapd_vm.engine.journal import Step
-from tests.bus.clients import Client
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import attempt
 from tests.real import images
 from tests.real.api import QUIESCE_REQUIRED, Api, ApiError
+from tests.real.conftest import Connect
 
 FAULTY = (sys.executable, "-m", "tests.real.faulty_daemon")
 
@@ -33,14 +33,6 @@ def faulty(lab: Lab) -> Iterator[Lab]:
     if lab.daemon.running:
         lab.daemon.stop()
     lab.daemon.argv = (sys.executable, "-m", "snapd_vm", "daemon")
-
-
-async def connected(lab: Lab) -> Api:
-    return Api(await Client.connect(lab.address))
-
-
-async def left(api: Api) -> None:
-    api.client.close()
 
 
 def active_file(guest: Guest, flags: int = 0) -> str:
@@ -82,11 +74,13 @@ async def agrees(api: Api, guest: Guest, files_before: set[str], file_before: st
 
 @pytest.mark.parametrize("flags", [0, QUIESCE_REQUIRED])
 @pytest.mark.parametrize("step", list(Step))
-async def test_killed_at(faulty: Lab, guest: Guest, scratch: Path, step: Step, flags: int) -> None:
+async def test_killed_at(
+    connect: Connect, faulty: Lab, guest: Guest, scratch: Path, step: Step, flags: int
+) -> None:
     before, file_before = files_of(guest), active_file(guest)
     guest.write("vda", "mark", f"{step}-{flags}")
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
-    api = await connected(faulty)
+    api = await connect()
     with pytest.raises(ApiError) as error:
         await api.create(guest, name=f"killed-{step}-{flags}", flags=flags)
     assert error.value.name == "org.freedesktop.DBus.Error.NoReply"
@@ -101,27 +95,27 @@ async def test_killed_at(faulty: Lab, guest: Guest, scratch: Path, step: Step, f
     created = await api.create(guest, flags=QUIESCE_REQUIRED)  # and all is well again
     raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
     assert images.is_clean(raw)
-    await left(api)
 
 
 @pytest.mark.parametrize("step", [s for s in Step if s not in (Step.CHECKED, Step.ENDED)])
-async def test_an_error_at_any_step_undoes_all(faulty: Lab, guest: Guest, step: Step) -> None:
+async def test_an_error_at_any_step_undoes_all(
+    connect: Connect, faulty: Lab, guest: Guest, step: Step
+) -> None:
     before, file_before = files_of(guest), active_file(guest)
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "raise"))
-    api = await connected(faulty)
+    api = await connect()
     with pytest.raises(ApiError) as error:
         await api.create(guest, name=f"raised-{step}")
     assert error.value.name == "StorageFailed"
     assert await agrees(api, guest, before, file_before) == "nothing"
     await api.create(guest, name=f"raised-{step}")  # the name is free, and the domain
-    await left(api)
 
 
 async def test_what_a_dead_daemon_left_frozen_is_thawed_by_exec_stop_post(
-    faulty: Lab, guest: Guest
+    connect: Connect, faulty: Lab, guest: Guest
 ) -> None:
     faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", "kill"))
-    api = await connected(faulty)
+    api = await connect()
     with pytest.raises(ApiError):
         await api.create(guest)
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
@@ -132,26 +126,25 @@ async def test_what_a_dead_daemon_left_frozen_is_thawed_by_exec_stop_post(
     guest.writes_go_on()
     assert not guest.agent_says_frozen()
     faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
-    await left(api)
 
 
-async def test_a_lost_client_ends_nothing(faulty: Lab, guest: Guest) -> None:
+async def test_a_lost_client_ends_nothing(connect: Connect, faulty: Lab, guest: Guest) -> None:
     faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", "sleep:1"))
-    client, other = await connected(faulty), await connected(faulty)
+    client, other = await connect(), await connect()
     call = asyncio.create_task(client.create(guest, name="left", flags=QUIESCE_REQUIRED))
     await asyncio.sleep(0.7)
     call.cancel()
-    await left(client)
     await asyncio.sleep(2)
     told = [row for row in (await other.snapshots_of(guest)).values() if row["Name"] == "left"]
     assert [row["Consistency"] for row in told] == ["quiesced"]
     guest.writes_go_on()
-    await left(other)
 
 
-async def test_sigterm_in_mid_create_finishes_it(faulty: Lab, guest: Guest) -> None:
+async def test_sigterm_in_mid_create_finishes_it(
+    connect: Connect, faulty: Lab, guest: Guest
+) -> None:
     faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", "sleep:2"))
-    api = await connected(faulty)
+    api = await connect()
     call = asyncio.create_task(api.create(guest, name="finished", flags=QUIESCE_REQUIRED))
     await asyncio.sleep(1)
     await asyncio.to_thread(faulty.daemon.stop)
@@ -162,4 +155,3 @@ async def test_sigterm_in_mid_create_finishes_it(faulty: Lab, guest: Guest) -> N
     assert (await api.properties(created.snapshot, "org.example.DiskSnapshot.Snapshot"))[
         "State"
     ] == "ready"
-    await left(api)

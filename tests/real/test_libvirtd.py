@@ -15,7 +15,8 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real import images
 from tests.real.api import MANAGER, QUIESCE_REQUIRED, VDA, Api, ApiError
-from tests.real.test_crash import FAULTY, active_file, agrees, connected, faulty, files_of, left
+from tests.real.conftest import Connect
+from tests.real.test_crash import FAULTY, active_file, agrees, faulty, files_of
 
 __all__ = ["faulty"]
 
@@ -52,11 +53,13 @@ async def test_it_reconnects_by_itself_and_says_so(daemon: Lab, api: Api, guest:
 
 
 @pytest.mark.parametrize("step", [Step.PREPARED, Step.ARMED, Step.FROZEN, Step.SWITCHED])
-async def test_libvirtd_restarted_in_mid_create(faulty: Lab, guest: Guest, step: Step) -> None:
+async def test_libvirtd_restarted_in_mid_create(
+    connect: Connect, faulty: Lab, guest: Guest, step: Step
+) -> None:
     before, file_before = files_of(guest), active_file(guest)
     flag = faulty.folder("flags") / f"restart-{step}"
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", f"wait:{flag}"))
-    api = await connected(faulty)
+    api = await connect()
     call = asyncio.create_task(api.create(guest, flags=QUIESCE_REQUIRED))
     await asyncio.to_thread(wait_until, "the step", flag.exists, 20)
     await asyncio.to_thread(faulty.libvirtd.restart)
@@ -72,11 +75,10 @@ async def test_libvirtd_restarted_in_mid_create(faulty: Lab, guest: Guest, step:
         assert not isinstance(answer, BaseException), answer
         assert outcome == "snapshot"
     await api.create(guest, flags=QUIESCE_REQUIRED)
-    await left(api)
 
 
 async def test_libvirtd_killed_at_moments_spread_over_the_switch(
-    faulty: Lab, guest: Guest, scratch: Path
+    connect: Connect, faulty: Lab, guest: Guest, scratch: Path
 ) -> None:
     """30 kills at 0 to 20 ms after the freeze; each ends with all of a snapshot or nothing of it.
 
@@ -87,7 +89,7 @@ async def test_libvirtd_killed_at_moments_spread_over_the_switch(
     for number in range(KILLS):
         before, file_before = files_of(guest), active_file(guest)
         faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", f"wait:{flag}"))
-        api = await connected(faulty)
+        api = await connect()
         known = set(await api.snapshots_of(guest))
         call = asyncio.create_task(api.create(guest, flags=QUIESCE_REQUIRED))
         await asyncio.to_thread(wait_until, "the freeze", flag.exists, 20)
@@ -118,7 +120,7 @@ async def test_libvirtd_killed_at_moments_spread_over_the_switch(
             assert live == file_before
             assert files_of(guest) == before
         guest.write("vda", f"mark{number}", f"after-{number}")
-        await left(api)
+        api.client.close()
         await asyncio.to_thread(faulty.daemon.stop)
     print("outcomes:", {name: outcomes.count(name) for name in set(outcomes)})
     guest.poweroff()

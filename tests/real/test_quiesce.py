@@ -19,7 +19,8 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real import images
 from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, VDA, Api, ApiError
-from tests.real.test_crash import FAULTY, active_file, connected, faulty, files_of, left
+from tests.real.conftest import Connect
+from tests.real.test_crash import FAULTY, active_file, faulty, files_of
 
 __all__ = ["faulty"]
 
@@ -86,7 +87,7 @@ async def test_a_disk_without_a_file_system_is_not_quiesced(api: Api, two: Guest
 
 
 @pytest.mark.parametrize("agent", ["none", "killed", "stopped"])
-async def test_no_dead_or_hung_agent(daemon: Lab, lab: Lab, agent: str) -> None:
+async def test_no_dead_or_hung_agent(connect: Connect, daemon: Lab, lab: Lab, agent: str) -> None:
     guest = lab.guest(agent="none" if agent == "none" else "libvirt")
     if agent == "killed":
         guest.kill_agent()
@@ -94,7 +95,7 @@ async def test_no_dead_or_hung_agent(daemon: Lab, lab: Lab, agent: str) -> None:
         guest.stop_agent()
     daemon.daemon.stop()
     daemon.daemon.start({"agent_timeout_s": 2})
-    api = await connected(daemon)
+    api = await connect()
     unchanged = Unchanged(guest)
     for member in (api.plan, api.create):
         started = time.monotonic()
@@ -106,15 +107,16 @@ async def test_no_dead_or_hung_agent(daemon: Lab, lab: Lab, agent: str) -> None:
     guest.writes_go_on()
     created = await api.create(guest)
     assert created.ours("consistency") == "crash"
-    await left(api)
     guest.remove()
 
 
-async def test_the_agent_hangs_at_the_freeze_and_freezes_late(faulty: Lab, own: Guest) -> None:
+async def test_the_agent_hangs_at_the_freeze_and_freezes_late(
+    connect: Connect, faulty: Lab, own: Guest
+) -> None:
     """Stopped after the ping: the freeze times out, comes into effect later, and is undone then."""
     flag = faulty.folder("flags") / "hang"
     faulty.daemon.start(SHORT, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
-    api = await connected(faulty)
+    api = await connect()
     unchanged = Unchanged(own)
     call = asyncio.create_task(api.create(own, flags=QUIESCE_REQUIRED))
     await asyncio.to_thread(wait_until, "the ping is over", flag.exists, 20)
@@ -133,15 +135,14 @@ async def test_the_agent_hangs_at_the_freeze_and_freezes_late(faulty: Lab, own: 
     own.writes_go_on()
     assert not own.agent_says_frozen()
     assert (await api.create(own, flags=QUIESCE_REQUIRED)).ours("consistency") == "quiesced"
-    await left(api)
 
 
 async def test_without_the_flag_a_freeze_that_times_out_is_gone_on_without(
-    faulty: Lab, own: Guest
+    connect: Connect, faulty: Lab, own: Guest
 ) -> None:
     flag = faulty.folder("flags") / "hang-0"
     faulty.daemon.start(SHORT, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
-    api = await connected(faulty)
+    api = await connect()
     call = asyncio.create_task(api.create(own))
     await asyncio.to_thread(wait_until, "the ping is over", flag.exists, 20)
     own.stop_agent()
@@ -151,16 +152,17 @@ async def test_without_the_flag_a_freeze_that_times_out_is_gone_on_without(
     own.cont_agent()
     await asyncio.to_thread(wait_until, "it is released", lambda: not held_in(faulty), 30)
     own.writes_go_on()
-    await left(api)
 
 
 @pytest.mark.parametrize("required", [True, False])
-async def test_the_agent_hangs_at_the_thaw(faulty: Lab, own: Guest, required: bool) -> None:
+async def test_the_agent_hangs_at_the_thaw(
+    connect: Connect, faulty: Lab, own: Guest, required: bool
+) -> None:
     """The record is not lost: the guest stays on the journal, and is thawed when that can be."""
     flag = faulty.folder("flags") / f"hang-thaw-{required}"
     limits = {**SHORT, "frozen_limit_s": 30}
     faulty.daemon.start(limits, argv=(*FAULTY, "--at", Step.SWITCHED, "--do", f"wait:{flag}"))
-    api = await connected(faulty)
+    api = await connect()
     unchanged = Unchanged(own)
     flags = QUIESCE_REQUIRED if required else 0
     call = asyncio.create_task(api.create(own, flags=flags, name="thaw"))
@@ -180,16 +182,15 @@ async def test_the_agent_hangs_at_the_thaw(faulty: Lab, own: Guest, required: bo
     else:
         assert not isinstance(answer, BaseException)
         assert answer.ours("consistency") == "crash"
-    await left(api)
 
 
 @pytest.mark.parametrize("required", [True, False])
-async def test_the_frozen_limit(faulty: Lab, own: Guest, required: bool) -> None:
+async def test_the_frozen_limit(connect: Connect, faulty: Lab, own: Guest, required: bool) -> None:
     """A switch that takes too long: the guest is thawed in the middle of it, in time."""
     faulty.daemon.start(
         {**SHORT, "frozen_limit_s": 1}, argv=(*FAULTY, "--at", Step.SWITCHED, "--do", "sleep:4")
     )
-    api = await connected(faulty)
+    api = await connect()
     own.reset()
     unchanged = Unchanged(own)
     flags = QUIESCE_REQUIRED if required else 0
@@ -204,7 +205,6 @@ async def test_the_frozen_limit(faulty: Lab, own: Guest, required: bool) -> None
     else:
         assert not isinstance(answer, BaseException)
         assert answer.ours("consistency") == "crash"
-    await left(api)
 
 
 async def test_frozen_by_somebody_else_is_busy_and_not_thawed(api: Api, own: Guest) -> None:
@@ -235,25 +235,26 @@ async def test_a_mount_that_fails_is_named(api: Api, own: Guest) -> None:
 
 
 async def test_thawed_in_the_middle_by_somebody_else_is_not_quiesced(
-    faulty: Lab, own: Guest
+    connect: Connect, faulty: Lab, own: Guest
 ) -> None:
     flag = faulty.folder("flags") / "thawed"
     faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", f"wait:{flag}"))
-    api = await connected(faulty)
+    api = await connect()
     call = asyncio.create_task(api.create(own))
     await asyncio.to_thread(wait_until, "the freeze", flag.exists, 20)
     assert own.domain.fsThaw() == 1
     flag.unlink()
     created = await call
     assert created.ours("consistency") == "crash"
-    await left(api)
 
 
-async def test_resumed_in_the_middle_is_not_paused(faulty: Lab, own: Guest) -> None:
+async def test_resumed_in_the_middle_is_not_paused(
+    connect: Connect, faulty: Lab, own: Guest
+) -> None:
     own.domain.suspend()
     flag = faulty.folder("flags") / "resumed"
     faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
-    api = await connected(faulty)
+    api = await connect()
     call = asyncio.create_task(api.create(own))
     await asyncio.to_thread(wait_until, "it is prepared", flag.exists, 20)
     own.domain.resume()
@@ -263,7 +264,6 @@ async def test_resumed_in_the_middle_is_not_paused(faulty: Lab, own: Guest) -> N
     flag.unlink()
     created = await call
     assert created.ours("consistency") == "crash"
-    await left(api)
 
 
 async def test_the_agents_timeout_is_put_back(api: Api, own: Guest, lab: Lab) -> None:

@@ -27,7 +27,7 @@ struct record {
 
 struct disk {
     char name[16], directory[32];
-    bool mounted;
+    bool mounted, busy; /* busy: a record is on its way */
     volatile bool stop, failed;
     pthread_t writer;
     pthread_mutex_t lock; /* guards the figures below, but is never held over a write */
@@ -85,7 +85,9 @@ static void *write_on(void *argument)
     uint64_t sequence = fd < 0 ? 0 : newest_sequence(fd);
     disk->failed = fd < 0;
     while (!disk->stop && !disk->failed) {
-        bool active = writing;
+        pthread_mutex_lock(&disk->lock);
+        bool active = disk->busy = writing;
+        pthread_mutex_unlock(&disk->lock);
         if (active && write_record(fd, ++sequence) < 0)
             disk->failed = true;
         uint64_t now = now_ns();
@@ -98,6 +100,7 @@ static void *write_on(void *argument)
             pulse(disk->name[2]);
         }
         disk->last_ns = now;
+        disk->busy = false;
         pthread_mutex_unlock(&disk->lock);
         usleep(active ? pause_us : 5000);
     }
@@ -171,12 +174,12 @@ void disks_stalls(char *json, size_t size)
         uint64_t idle = disk->mounted && writing ? now_ns() - disk->last_ns : 0;
         used = append(json, size, used,
                       "%s\"%s\":{\"longest_ns\":%llu,\"current_ns\":%llu,\"writes\":%llu,"
-                      "\"sequence\":%llu,\"mounted\":%s,\"failed\":%s}",
+                      "\"sequence\":%llu,\"mounted\":%s,\"busy\":%s,\"failed\":%s}",
                       i ? "," : "", disk->name,
                       (unsigned long long)(idle > disk->longest_ns ? idle : disk->longest_ns),
                       (unsigned long long)idle, (unsigned long long)disk->writes,
                       (unsigned long long)disk->sequence, disk->mounted ? "true" : "false",
-                      disk->failed ? "true" : "false");
+                      disk->busy ? "true" : "false", disk->failed ? "true" : "false");
         pthread_mutex_unlock(&disk->lock);
     }
     append(json, size, used, "}");
