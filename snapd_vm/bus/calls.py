@@ -7,7 +7,7 @@ returns runs after polkit's yes only. A declaration without an action is refused
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -22,17 +22,22 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What polkit's rules can match; what was not said, or does not apply, is empty."""
+    """What polkit's rules can match; what was not said, or does not apply, is empty.
+
+    `named` is the same without what the daemon has looked up: a caller's own authentication agent
+    is shown the details of a question, and must not learn from them whose disk a source is.
+    """
 
     domain: str = ""
     uuid: str = ""
     disk: str = ""
     method: str = ""
     name: str = ""
+    named: Details | None = None
 
     def for_polkit(self) -> Mapping[str, str]:
         """As the `a{ss}` of CheckAuthorization."""
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "named"}
 
 
 @dataclass(frozen=True, slots=True)

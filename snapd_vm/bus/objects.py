@@ -125,13 +125,20 @@ def _prepare(
 
 def _request_details(request: Request, found: Found, domain: Domain | None) -> Details:
     """Of what was found; for what was not, as the caller named it."""
-    domain = found.domain or domain
-    return Details(
+    method = request.wanted_method.method if request.wanted_method else ""
+    named = Details(
         domain=domain.name if domain else request.domain,
         uuid=domain.uuid if domain else request.uuid,
-        disk=found.disk.target if found.disk else request.disk.target,
-        method=request.wanted_method.method if request.wanted_method else "",
+        disk=request.disk.target,
+        method=method,
         name=request.name,
+    )
+    return replace(
+        named,
+        domain=found.domain.name if found.domain else named.domain,
+        uuid=found.domain.uuid if found.domain else named.uuid,
+        disk=found.disk.target if found.disk else named.disk,
+        named=named,
     )
 
 

@@ -79,7 +79,9 @@ class Polkit:
         self, sender: str, action: Action, details: Details, interactive: bool
     ) -> None:
         try:
-            granted, challenge, answered = await self._ask(sender, action, details, interactive)
+            granted, challenge, answered = await self._ask_all(
+                sender, action, details, interactive
+            )
         except CallFailed as error:
             if error.name in ABSENT or error.name.startswith(ABSENT_PREFIX):
                 await self._root_only(sender, error)
@@ -114,6 +116,23 @@ class Polkit:
                 "allowed and an authentication agent running."
             )
         raise NotAuthorized(f"polkit does not allow {action}; ask the administrator for a rule.")
+
+    async def _ask_all(
+        self, sender: str, action: Action, details: Details, interactive: bool
+    ) -> Sequence[Any]:
+        """One question; two where a person may be asked and we know more than the caller said.
+
+        The first is for the rules, with all that they may match; the second, which the caller's own
+        agent is shown, has only what the caller named.
+        """
+        named = details.named
+        if not interactive or named is None or named.for_polkit() == details.for_polkit():
+            return await self._ask(sender, action, details, interactive)
+        verdict = await self._ask(sender, action, details, interactive=False)
+        granted, challenge, _ = verdict
+        if granted or not challenge:
+            return verdict
+        return await self._ask(sender, action, named, interactive=True)
 
     async def _ask(
         self, sender: str, action: Action, details: Details, interactive: bool

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import libvirt
 from lxml import etree
@@ -22,6 +23,8 @@ from snapd_vm.virt.agent import Agent
 from snapd_vm.virt.agentlibvirt import LibvirtAgent
 from snapd_vm.virt.agentsocket import SocketAgent
 from snapd_vm.virt.connection import ConnectionPool
+
+T = TypeVar("T")
 
 _STATES = {
     libvirt.VIR_DOMAIN_NOSTATE: "nostate",
@@ -123,29 +126,29 @@ class Hypervisor:
         """Why the domain is off, and whether it has a managed save image."""
         with self._domain(uuid) as domain:
             _, reason = domain.state()
-            return OffState(reason, bool(domain.hasManagedSaveImage()))
+            return OffState(reason, bool(_if_supported(domain.hasManagedSaveImage)))
 
     def managed_save(self, uuid: str) -> bool:
         """Whether the domain has a managed save image."""
         with self._domain(uuid) as domain:
-            return bool(domain.hasManagedSaveImage())
+            return bool(_if_supported(domain.hasManagedSaveImage))
 
     def checkpoints(self, uuid: str) -> bool:
         """Whether the domain has checkpoints (refuse offline disk-only snapshots)."""
         with self._domain(uuid) as domain:
-            return bool(domain.listAllCheckpoints())
+            return bool(_if_supported(domain.listAllCheckpoints))
 
     def running_job(self, uuid: str, target: str) -> str:
         """What occupies the domain or the disk: a block job, backup, migration or save; or ''."""
         with self._domain(uuid) as domain:
             if not domain.isActive():
                 return ""
-            if domain.blockJobInfo(target):
+            if _if_supported(lambda: domain.blockJobInfo(target)):
                 return "a block job is running on the disk"
             with contextlib.suppress(libvirt.libvirtError):  # no backup job: an error
                 domain.backupGetXMLDesc()
                 return "a backup of the domain is running"
-            stats = domain.jobStats()
+            stats = _if_supported(domain.jobStats) or {}
             if stats.get("type", 0) in (
                 libvirt.VIR_DOMAIN_JOB_BOUNDED,
                 libvirt.VIR_DOMAIN_JOB_UNBOUNDED,
@@ -209,15 +212,8 @@ class Hypervisor:
         """The folders of the active storage pools that are folders (dir, fs, netfs)."""
         folders = []
         with self._pool.connection() as connection:
-            try:
-                pools = connection.listAllStoragePools(
-                    libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
-                )
-            except libvirt.libvirtError as error:
-                if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-                    return ()
-                raise
-            for pool in pools:
+            active = libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
+            for pool in _if_supported(lambda: connection.listAllStoragePools(active)) or ():
                 tree = etree.fromstring(pool.XMLDesc())
                 if tree.get("type") in ("dir", "fs", "netfs"):
                     folders.append(tree.findtext("target/path") or "")
@@ -232,6 +228,19 @@ class Hypervisor:
             uid, _, gid = label.replace("+", "").partition(":")
             self._qemu_user = (int(uid), int(gid)) if uid.isdigit() and gid.isdigit() else (0, 0)
         return self._qemu_user
+
+
+def _if_supported(call: Callable[[], T]) -> T | None:
+    """What the call answers; None where the driver has no such call, and so none of what it tells.
+
+    Drivers without disk snapshots (test, lxc ...) lack block jobs, checkpoints and the like.
+    """
+    try:
+        return call()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return None
+        raise
 
 
 def read_domain(domain: libvirt.virDomain) -> Domain:

@@ -13,8 +13,8 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_vm.bus.polkit import INTERFACE, NAME
+from snapd_vm.engine import select
 from snapd_vm.engine.service import Listener
-from snapd_vm.errors import NoSuchDisk, NoSuchDomain
 from snapd_vm.model import (
     AgentChannel,
     Consistency,
@@ -107,20 +107,7 @@ class FakeEngine:
             getattr(listener, event)(*arguments)
 
     def find(self, request: Request) -> Found:
-        domain = next(
-            (
-                d
-                for d in self.domains.values()
-                if d.uuid == request.uuid or (request.domain and d.name == request.domain)
-            ),
-            None,
-        )
-        if domain is None:
-            return Found(error=NoSuchDomain("There is no such domain."))
-        disk = domain.disk(request.disk.target)
-        if disk is None:
-            return Found(domain, error=NoSuchDisk("There is no such disk."))
-        return Found(domain, disk)
+        return select.find(self.domains, request)
 
     async def create(self, found: Found, request: Request) -> Snapshot:
         await self._do("create", request)

@@ -297,3 +297,22 @@ async def test_losing_the_bus_during_a_check_is_a_no(polkit: StandInPolkit) -> N
     with pytest.raises(NotAuthorized):
         await asyncio.wait_for(check, 5)
     await connection.close()
+
+
+async def test_the_callers_agent_is_not_told_whose_disk_a_source_is(
+    client: Client, engine: FakeEngine, polkit: StandInPolkit
+) -> None:
+    polkit.verdict = CHALLENGE
+    owner = engine.domains[uuid(1)]
+    bare = f"<disk><source file='{owner.disks[0].path}'/></disk>"
+    for path in (ROOT_PATH, PATH):
+        polkit.questions.clear()
+        await client.call(
+            DISK_SNAPSHOT, "Create", "sssu", [bare, "", "", 0], path, flags=INTERACTIVE
+        )
+        for_rules, for_agent = polkit.questions
+        assert not for_rules.flags
+        assert (for_rules.details["domain"], for_rules.details["disk"]) == (owner.name, "vda")
+        assert for_agent.flags
+        known = owner.name if path == PATH else ""
+        assert (for_agent.details["domain"], for_agent.details["disk"]) == (known, "")

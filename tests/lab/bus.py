@@ -51,7 +51,9 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
     <allow own="org.libvirt"/>
   </policy>
   <include ignore_missing="yes">{policies}/org.freedesktop.PolicyKit1.conf</include>
-  <include ignore_missing="yes">{policies}/org.libvirt.conf</include>{ours}
+  <include ignore_missing="yes">{policies}/org.libvirt.conf</include>
+  <include ignore_missing="yes">{policies}/org.opensuse.Snapper.conf</include>
+  <include ignore_missing="yes">{policies}/FirewallD.conf</include>{ours}
 </busconfig>
 """
 
