@@ -1,6 +1,6 @@
 """Where log lines go: to journald with their fields, or to stderr with the fields in the line.
 
-A line about a change made to the world carries fields: `extra={"fields": fields(...)}`. The
+A line about a change made to the world carries them: `extra=fields(...)`. The
 MESSAGE_IDs are ours for good (systemd.journal-fields(7), "MESSAGE_ID").
 """
 
@@ -13,6 +13,9 @@ from enum import StrEnum
 from typing import Any
 
 from snapd_vm.model import Snapshot
+
+Extra = dict[str, dict[str, str]]
+"""What logging's `extra` takes; the handlers here find the fields in it."""
 
 
 class MessageId(StrEnum):
@@ -28,7 +31,7 @@ class MessageId(StrEnum):
 def fields(
     message_id: MessageId, snapshot: Snapshot | None = None, **more: object
 ) -> dict[str, str]:
-    """The journal fields of a line: MESSAGE_ID, DOMAIN, DISK, SNAPSHOT, CONSISTENCY and `more`."""
+    """The `extra` of a line: MESSAGE_ID, DOMAIN, DISK, SNAPSHOT, CONSISTENCY and `more`."""
     found = {"MESSAGE_ID": str(message_id)}
     if snapshot is not None:
         found |= {
@@ -39,7 +42,9 @@ def fields(
             "SNAPSHOT_UUID": snapshot.uuid,
             "CONSISTENCY": str(snapshot.consistency),
         }
-    return found | {key.upper(): str(value) for key, value in more.items()}
+    for key, value in more.items():
+        found[key.upper()] = str(value)
+    return {"fields": found}
 
 
 class _Journal(logging.Handler):

@@ -79,9 +79,7 @@ class Polkit:
         self, sender: str, action: Action, details: Details, interactive: bool
     ) -> None:
         try:
-            granted, challenge, answered = await self._ask_all(
-                sender, action, details, interactive
-            )
+            granted, challenge, answered = await self._ask_all(sender, action, details, interactive)
         except CallFailed as error:
             if error.name in ABSENT or error.name.startswith(ABSENT_PREFIX):
                 await self._root_only(sender, error)

@@ -1,0 +1,110 @@
+"""The snapshots on record: what they are called, and the State that storage and libvirt give them.
+
+Runs on the asyncio loop. Takes nothing away and changes no storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from snapd_vm.engine.service import Listener
+from snapd_vm.engine.world import World
+from snapd_vm.errors import NoSuchSnapshot, SnapdError
+from snapd_vm.journald import MessageId, fields
+from snapd_vm.model import Domain, Snapshot, SnapshotState
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 30.0
+"""Nobody tells of a file that was removed; so it is looked for this often."""
+
+
+class Shelf:
+    """Snapshots by UUID, kept true."""
+
+    def __init__(
+        self,
+        world: World,
+        domains: Callable[[], Mapping[str, Domain]],
+        connected: Callable[[], bool],
+    ) -> None:
+        self.snapshots: dict[str, Snapshot] = {}
+        self.listeners: list[Listener] = []
+        self._world = world
+        self._domains = domains
+        self._connected = connected
+
+    async def load(self) -> None:
+        """Take the journal's."""
+        found = await self._world.run(self._world.journal.snapshots)
+        self.snapshots.update({snapshot.uuid: snapshot for snapshot in found})
+
+    def get(self, uuid: str) -> Snapshot:
+        """One of them. Raises NoSuchSnapshot."""
+        snapshot = self.snapshots.get(uuid)
+        if snapshot is None:
+            raise NoSuchSnapshot("There is no such snapshot.")
+        return snapshot
+
+    def names(self, domain_uuid: str) -> frozenset[str]:
+        """The labels in use on a domain's disks, as "target/label"."""
+        return frozenset(f"{s.target.disk}/{s.name}" for s in self._of(domain_uuid))
+
+    def add(self, snapshot: Snapshot) -> None:
+        """One that the journal has already."""
+        self.snapshots[snapshot.uuid] = snapshot
+        for listener in self.listeners:
+            listener.snapshot_added(snapshot)
+
+    async def look(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with its State of now; tells of a change, and warns of a bad one."""
+        method = self._world.methods.get(snapshot.target.method)
+        if method is None or not self._connected():
+            return snapshot
+        domain = self._domains().get(snapshot.domain_uuid)
+        state = SnapshotState(await self._world.run(method.state, snapshot.target, domain))
+        current = self.snapshots.get(snapshot.uuid)
+        if current is None or state is current.state:
+            return current or snapshot
+        new = dataclasses.replace(current, state=state)
+        self.snapshots[new.uuid] = new
+        log.warning(
+            "snapshot %s of disk %s of domain %s is %s",
+            new.name,
+            new.target.disk,
+            new.domain_name,
+            state,
+            extra=fields(MessageId.STATE, new, state=state),
+        )
+        await self._world.run(self._world.journal.put, new)
+        for listener in self.listeners:
+            listener.snapshot_changed(current, new)
+            if state is SnapshotState.FAILED:
+                listener.warning(
+                    new,
+                    "base-in-use",
+                    "A domain's definition names the image that the snapshot is; correct it, or "
+                    "what was written since is lost and the snapshot changes.",
+                )
+        return new
+
+    async def look_at_domain(self, uuid: str) -> None:
+        """Look at all snapshots of a domain."""
+        for snapshot in self._of(uuid):
+            await self.look(snapshot)
+
+    async def keep_looking(self) -> None:
+        """Look at all of them now and again, for ever."""
+        while True:
+            for snapshot in list(self.snapshots.values()):
+                try:
+                    await self.look(snapshot)
+                except SnapdError as error:
+                    log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
+            await asyncio.sleep(_LOOK_S)
+
+    def _of(self, domain_uuid: str) -> Sequence[Snapshot]:
+        return [s for s in self.snapshots.values() if s.domain_uuid == domain_uuid]
