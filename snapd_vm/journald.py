@@ -28,9 +28,7 @@ class MessageId(StrEnum):
     STATE = "a4c8e2061b3d4f57928e6c0a1d5b3f74"
 
 
-def fields(
-    message_id: MessageId, snapshot: Snapshot | None = None, **more: object
-) -> dict[str, str]:
+def fields(message_id: MessageId, snapshot: Snapshot | None = None, **more: object) -> Extra:
     """The `extra` of a line: MESSAGE_ID, DOMAIN, DISK, SNAPSHOT, CONSISTENCY and `more`."""
     found = {"MESSAGE_ID": str(message_id)}
     if snapshot is not None:
