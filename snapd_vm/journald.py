@@ -73,6 +73,7 @@ def set_up() -> None:
     handler: logging.Handler
     if _stderr_is_the_journal():
         handler = _Journal()
+        handler.setFormatter(logging.Formatter())  # basicConfig's own repeats level and name
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_Line())

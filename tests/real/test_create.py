@@ -338,3 +338,11 @@ async def test_disks_tell_why_not(api: Api, lab: Lab) -> None:
         await api.create(guest, "<disk><target dev='sda'/></disk>")
     assert error.value.name == "MethodNotSupported"
     guest.remove()
+
+
+async def test_the_overlay_has_the_origins_security_label(api: Api, guest: Guest) -> None:
+    former, _ = sources(guest)
+    label = b"system_u:object_r:svirt_image_t:s0:c1,c2\0"
+    os.setxattr(former, "security.selinux", label)
+    created = await api.create(guest)
+    assert os.getxattr(created.overlay, "security.selinux") == label
