@@ -258,6 +258,33 @@ class Snapshot:
     modified_disk: str
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An operation that takes longer than a moment, as its object on the bus tells of it.
+
+    `operation`: create, delete ... `progress` is from 0 to 1 and means something only if
+    `progress_valid`; `bytes` is how much there is to do in all, 0 if unknown; `start_us` counts
+    from the epoch; `objects` are the paths of what it works on. `domain_uuid`, `disk` and `name`
+    are for polkit's details of Cancel. `result` holds the out arguments of the call by their names,
+    once `done`.
+    """
+
+    number: int
+    operation: str
+    domain_uuid: str
+    disk: str
+    name: str
+    start_us: int
+    objects: tuple[str, ...]
+    uid: int
+    cancelable: bool = False
+    progress: float = 0.0
+    progress_valid: bool = False
+    bytes: int = 0
+    done: bool = False
+    result: Mapping[str, str] = field(default_factory=dict)
+
+
 ROOT_PATH = "/org/example/DiskSnapshot"
 """The root object on the bus."""
 
@@ -270,3 +297,8 @@ def domain_path(uuid: str) -> str:
 def snapshot_path(uuid: str) -> str:
     """The object path of the snapshot with this UUID."""
     return f"{ROOT_PATH}/snapshot/_{uuid.replace('-', '_')}"
+
+
+def job_path(number: int) -> str:
+    """The object path of the job with this number."""
+    return f"{ROOT_PATH}/job/{number}"
