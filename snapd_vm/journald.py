@@ -22,6 +22,7 @@ class MessageId(StrEnum):
     """What a log line is about, for `journalctl MESSAGE_ID=`."""
 
     CREATED = "f9a3c6c0b1d44c5e8a0e5a1d2f6b7c31"
+    DELETED = "d3f5a7196c2e4b80a1d4c7e9f0b2635c"
     FAILED = "0b6d1f3e5a284f0f9c7d8e2b4a6c1d52"
     SETTLED = "5c2e8b7a9d1f4e63b0a4c6d8e2f71a93"
     FROZEN_TOO_LONG = "7e1d9c3b5f8a42d6a0c2e4b6d8f01375"

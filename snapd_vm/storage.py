@@ -6,11 +6,13 @@ has been compared with those before.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from snapd_vm import qcow2
 from snapd_vm.errors import MethodNotSupported, StorageFailed
@@ -120,3 +122,38 @@ def space_available(folder: str) -> int:
 def read_only(folder: str) -> bool:
     """Whether the file system of `folder` is mounted read-only."""
     return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def reader_of(path: str, uuid: str) -> str:
+    """Who has the file or device open, in words, besides the QEMU of domain `uuid`; '' : nobody.
+
+    Looks at every process's descriptors (proc(5), /proc/PID/fd) and at what the kernel has stacked
+    on it: loop devices and block holders (sysfs).
+    """
+    wanted = file_id(path)
+    if wanted is None:
+        return ""
+    for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if file_id(loop.read_text().rstrip("\n")) == wanted:
+                return f"the loop device {loop.parent.parent.name}"
+    if wanted.inode == 0:
+        major, minor = os.major(wanted.device), os.minor(wanted.device)
+        for holder in Path(f"/sys/dev/block/{major}:{minor}/holders").glob("*"):
+            return f"the block device {holder.name}"
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()) or not _has_open(process, wanted):
+            continue
+        with contextlib.suppress(OSError):
+            argv = (process / "cmdline").read_bytes().split(b"\0")
+            if b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
+                continue
+            return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+    return ""
+
+
+def _has_open(process: Path, wanted: FileId) -> bool:
+    try:
+        return any(file_id(entry.path) == wanted for entry in os.scandir(process / "fd"))
+    except OSError:  # it has ended, or it is none of ours to look at
+        return False

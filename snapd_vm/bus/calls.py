@@ -1,7 +1,8 @@
 """How a method is declared: with the polkit action that it needs, or open to all, and nothing else.
 
 A guarded method has two parts. `prepare` parses what the caller said and looks in memory; what it
-returns runs after polkit's yes only. A declaration without an action is refused when it is made.
+returns runs after polkit's yes only. An owned method is guarded likewise, but for the user whom
+its object belongs to. A declaration without an action is refused when it is made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class Action(StrEnum):
     """The polkit actions in use."""
 
     CREATE = "org.example.DiskSnapshot.create"
+    DELETE = "org.example.DiskSnapshot.delete"
     READ = "org.example.DiskSnapshot.read"
     CONFIGURE = "org.example.DiskSnapshot.configure"
 
@@ -49,7 +51,17 @@ class Prepared:
     also: tuple[Action, ...] = ()
 
 
-Prepare: TypeAlias = Callable[..., Prepared]
+@dataclass(frozen=True, slots=True)
+class PreparedJob:
+    """A call that was understood and starts a job: `start` is given the uid of who calls."""
+
+    details: Details
+    start: Callable[[int], Awaitable[Sequence[object]]]
+    also: tuple[Action, ...] = ()
+
+
+Prepare: TypeAlias = Callable[..., Prepared | PreparedJob]
+PrepareOwned: TypeAlias = Callable[..., Prepared]
 Answer: TypeAlias = Callable[..., Sequence[object]]
 
 
@@ -69,6 +81,37 @@ class Guarded:
 
 
 @dataclass(frozen=True, slots=True)
+class Ownership:
+    """Whom an object belongs to, by uid, and the polkit action that anybody else needs."""
+
+    uid: int
+    action: Action
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.action, Action):
+            raise TypeError(f"{self.action!r} is no polkit action")
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A method for the user whom its object belongs to; others need polkit's yes.
+
+    `ownership` tells of an object whom it belongs to, and what others need: there is no way to say
+    the one without the other.
+    """
+
+    kind: type
+    interface: str
+    member: str
+    ownership: Callable[[Any], Ownership]
+    prepare: PrepareOwned
+
+    def __post_init__(self) -> None:
+        if not callable(self.ownership):
+            raise TypeError(f"{self.interface}.{self.member} names no owner and polkit action")
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
     """A method open to all, answered from memory. `kind` object: any object has it."""
 
@@ -78,7 +121,7 @@ class Open:
     answer: Answer
 
 
-Declared: TypeAlias = Guarded | Open
+Declared: TypeAlias = Guarded | Owned | Open
 
 
 def guarded(
@@ -86,6 +129,13 @@ def guarded(
 ) -> Callable[[Prepare], Guarded]:
     """Declares the function as the `prepare` of a method that needs `action`."""
     return lambda prepare: Guarded(kind, interface, member, action, prepare)
+
+
+def owned(
+    kind: type, interface: str, member: str, ownership: Callable[[Any], Ownership]
+) -> Callable[[PrepareOwned], Owned]:
+    """Declares the function as the `prepare` of a method for the owner, or with an action."""
+    return lambda prepare: Owned(kind, interface, member, ownership, prepare)
 
 
 def open_to_all(kind: type, interface: str, member: str) -> Callable[[Answer], Open]:
@@ -97,7 +147,7 @@ def method_table(declared: Sequence[Any]) -> Mapping[tuple[type, str, str], Decl
     """The methods by kind, interface and member. Raises TypeError, ValueError for a wrong one."""
     table: dict[tuple[type, str, str], Declared] = {}
     for method in declared:
-        if not isinstance(method, Guarded | Open):
+        if not isinstance(method, Guarded | Owned | Open):
             raise TypeError(f"{method!r} has no polkit action and is not declared open to all")
         key = (method.kind, method.interface, method.member)
         if key in table:

@@ -18,6 +18,7 @@ DISK_SNAPSHOT = "org.example.DiskSnapshot"
 MANAGER = DISK_SNAPSHOT + ".Manager"
 DOMAIN = DISK_SNAPSHOT + ".Domain"
 SNAPSHOT = DISK_SNAPSHOT + ".Snapshot"
+JOB = DISK_SNAPSHOT + ".Job"
 BUS_NAME = DISK_SNAPSHOT
 
 PROPERTIES = "org.freedesktop.DBus.Properties"

@@ -9,12 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-from snapd_vm.bus.calls import Declared, Guarded, Open, method_table
+from snapd_vm.bus.caller import user_of
+from snapd_vm.bus.calls import (
+    Action,
+    Declared,
+    Guarded,
+    Open,
+    Owned,
+    Prepared,
+    PreparedJob,
+    method_table,
+)
 from snapd_vm.bus.connection import Connection, decode
 from snapd_vm.bus.contract import PEER, Contract, MethodSignature
 from snapd_vm.bus.polkit import Authority
@@ -27,6 +37,10 @@ log = logging.getLogger(__name__)
 
 CALLS_PER_SENDER = 64
 CALLS_AT_ONCE = 1024
+
+
+Run: TypeAlias = Callable[[], Awaitable[Sequence[object]]]
+"""What does a call's work, for who may."""
 
 
 @dataclass(slots=True)
@@ -158,21 +172,50 @@ class Guard:
             raise LimitsExceeded("Too many calls are in progress; wait for some to be answered.")
 
     async def _serve(
-        self, running: Running, method: Guarded, node: Node | None, arguments: Sequence[Any]
+        self, running: Running, method: Guarded | Owned, node: Node | None, arguments: Sequence[Any]
     ) -> Sequence[object]:
-        prepared = method.prepare(self._tree, node, *arguments)
         self._watch(+1)
         try:
-            await self._authority.check(
-                running.call.sender,
-                (method.action, *prepared.also),
-                prepared.details,
-                running.call.interactive,
-            )
+            if isinstance(method, Owned):
+                run = await self._owned(running.call, method, node, arguments)
+            else:
+                run = await self._guarded(running.call, method, node, arguments)
         finally:
             self._watch(-1)
         running.checking = False
-        return await prepared.run()
+        return await run()
+
+    async def _guarded(
+        self, call: Incoming, method: Guarded, node: Node | None, arguments: Sequence[Any]
+    ) -> Run:
+        prepared = method.prepare(self._tree, node, *arguments)
+        if isinstance(prepared, Prepared):
+            await self._check(call, method.action, prepared)
+            return prepared.run
+        # The bus is asked who calls while polkit thinks: it costs no time of its own.
+        asking = asyncio.create_task(user_of(self._connection, call.sender))
+        asking.add_done_callback(_looked_at)
+        try:
+            await self._check(call, method.action, prepared)
+            return partial(prepared.start, await asking)
+        finally:
+            asking.cancel()
+
+    async def _owned(
+        self, call: Incoming, method: Owned, node: Node | None, arguments: Sequence[Any]
+    ) -> Run:
+        prepared = method.prepare(self._tree, node, *arguments)
+        ownership = method.ownership(node)
+        if await user_of(self._connection, call.sender) != ownership.uid:
+            await self._check(call, ownership.action, prepared)
+        return prepared.run
+
+    async def _check(
+        self, call: Incoming, action: Action, prepared: Prepared | PreparedJob
+    ) -> None:
+        await self._authority.check(
+            call.sender, (action, *prepared.also), prepared.details, call.interactive
+        )
 
     def _watch(self, change: int) -> None:
         """Has the bus tell who leaves as long as polkit is being asked, and not otherwise."""
@@ -209,6 +252,12 @@ class Guard:
             self._connection.answer_error(call, error.dbus_name, str(error))
         except Exception:
             log.exception("an error could not be answered")
+
+
+def _looked_at(task: asyncio.Task[int]) -> None:
+    """Takes note of an error that nobody waits for any more, as polkit has refused already."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _arguments(call: Incoming, signature: MethodSignature) -> Sequence[Any]:

@@ -7,38 +7,44 @@ stands beside it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
-from snapd_vm.bus.calls import Action, Declared, Details, Prepared, guarded, open_to_all
-from snapd_vm.bus.contract import DISK_SNAPSHOT, DOMAIN, MANAGER, SNAPSHOT
+from snapd_vm.bus.calls import (
+    Action,
+    Declared,
+    Details,
+    Ownership,
+    Prepared,
+    PreparedJob,
+    guarded,
+    open_to_all,
+    owned,
+)
+from snapd_vm.bus.contract import DISK_SNAPSHOT, DOMAIN, JOB, MANAGER, SNAPSHOT
 from snapd_vm.bus.tree import Root, Tree
 from snapd_vm.bus.wire import Typed
 from snapd_vm.engine.service import Service
-from snapd_vm.errors import NoSuchDomain
-from snapd_vm.model import DiskReport, Domain, Found, Plan, Request, Snapshot, domain_path
+from snapd_vm.errors import InvalidArgs, NoSuchDomain
+from snapd_vm.model import DiskReport, Domain, Found, Job, Plan, Request, Snapshot, domain_path
 from snapd_vm.request import create_request, root_request
-
-T = TypeVar("T")
 
 
 @guarded(Root, DISK_SNAPSHOT, "Create", Action.CREATE)
 def create_on_root(
     tree: Tree, root: Root, disk_xml: str, method_xml: str, name: str, flags: int
-) -> Prepared:
+) -> PreparedJob:
     """Create of a disk whose domain the XML names, or whose source belongs to one domain."""
-    request = root_request(disk_xml, method_xml, name, flags)
-    return _prepare(tree.service, request, tree.service.create, _created)
+    return _create(tree.service, root_request(disk_xml, method_xml, name, flags))
 
 
 @guarded(Domain, DISK_SNAPSHOT, "Create", Action.CREATE)
 def create_on_domain(
     tree: Tree, domain: Domain, disk_xml: str, method_xml: str, name: str, flags: int
-) -> Prepared:
+) -> PreparedJob:
     """Create of a disk of this domain."""
     request = replace(create_request(disk_xml, method_xml, name, flags), uuid=domain.uuid)
-    return _prepare(tree.service, request, tree.service.create, _created, domain)
+    return _create(tree.service, request, domain)
 
 
 @guarded(Domain, DOMAIN, "Plan", Action.CREATE)
@@ -47,7 +53,12 @@ def plan(
 ) -> Prepared:
     """What Create would do with the same arguments."""
     request = replace(create_request(disk_xml, method_xml, name, flags), uuid=domain.uuid)
-    return _prepare(tree.service, request, tree.service.plan, _planned, domain)
+    found = tree.service.find(request)
+
+    async def run() -> Sequence[object]:
+        return _planned(await tree.service.plan(_there(found), request))
+
+    return Prepared(_request_details(request, found, domain), run, _also(request))
 
 
 @guarded(Domain, DOMAIN, "Disks", Action.READ)
@@ -80,6 +91,38 @@ def get_modified_disk(tree: Tree, snapshot: Snapshot) -> Prepared:
     return Prepared(_snapshot_details(tree.service, snapshot), run)
 
 
+@guarded(Snapshot, SNAPSHOT, "Delete", Action.DELETE)
+def delete(tree: Tree, snapshot: Snapshot, flags: int) -> PreparedJob:
+    """Delete of this snapshot. Raises InvalidArgs."""
+    if flags:
+        raise InvalidArgs("Delete has no flags; call it with 0.")
+
+    async def start(uid: int) -> Sequence[object]:
+        return (await tree.service.delete(snapshot.uuid, uid),)
+
+    return PreparedJob(_snapshot_details(tree.service, snapshot), start)
+
+
+CANCEL_NEEDS: Mapping[str, Action] = {"create": Action.CREATE, "delete": Action.DELETE}
+"""The action that cancelling a job of each operation needs of who has not started it."""
+
+
+def started_by(job: Job) -> Ownership:
+    """Who has started a job, and what others need. Raises KeyError for an unknown operation."""
+    return Ownership(job.uid, CANCEL_NEEDS[job.operation])
+
+
+@owned(Job, JOB, "Cancel", started_by)
+def cancel(tree: Tree, job: Job) -> Prepared:
+    """Cancel of this job."""
+
+    async def run() -> Sequence[object]:
+        await tree.service.cancel(job.number)
+        return ()
+
+    return Prepared(_job_details(tree.service, job), run)
+
+
 @open_to_all(Root, MANAGER, "FindDomain")
 def find_domain(tree: Tree, root: Root, name_or_uuid: str) -> Sequence[object]:
     """The object of a domain, by UUID, else by name. Raises NoSuchDomain."""
@@ -100,27 +143,33 @@ METHODS: tuple[Declared, ...] = (
     disks,
     get_backup_source,
     get_modified_disk,
+    delete,
+    cancel,
     find_domain,
 )
 
 
-def _prepare(
-    service: Service,
-    request: Request,
-    operation: Callable[[Found, Request], Awaitable[T]],
-    answer: Callable[[T], Sequence[object]],
-    domain: Domain | None = None,
-) -> Prepared:
+def _create(service: Service, request: Request, domain: Domain | None = None) -> PreparedJob:
     found = service.find(request)
 
-    async def run() -> Sequence[object]:
-        if found.error is not None:
-            raise found.error
-        return answer(await operation(found, request))
+    async def start(uid: int) -> Sequence[object]:
+        snapshot = await service.create(_there(found), request, uid)
+        return (snapshot.modified_disk, snapshot.backup_source)
 
+    return PreparedJob(_request_details(request, found, domain), start, _also(request))
+
+
+def _there(found: Found) -> Found:
+    """What was found. Raises the error of what was not: after authorisation, not before."""
+    if found.error is not None:
+        raise found.error
+    return found
+
+
+def _also(request: Request) -> tuple[Action, ...]:
+    """The actions that a request needs besides the method's own."""
     wanted = request.wanted_method
-    also = (Action.CONFIGURE,) if wanted is not None and wanted.names_place else ()
-    return Prepared(_request_details(request, found, domain), run, also)
+    return (Action.CONFIGURE,) if wanted is not None and wanted.names_place else ()
 
 
 def _request_details(request: Request, found: Found, domain: Domain | None) -> Details:
@@ -153,8 +202,14 @@ def _snapshot_details(service: Service, snapshot: Snapshot) -> Details:
     )
 
 
-def _created(snapshot: Snapshot) -> Sequence[object]:
-    return (snapshot.modified_disk, snapshot.backup_source)
+def _job_details(service: Service, job: Job) -> Details:
+    domain = service.domains.get(job.domain_uuid)
+    return Details(
+        domain=domain.name if domain else "",
+        uuid=job.domain_uuid,
+        disk=job.disk,
+        name=job.name,
+    )
 
 
 def _planned(found: Plan) -> Sequence[object]:

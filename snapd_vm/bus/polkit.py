@@ -11,9 +11,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from snapd_vm.bus.caller import user_of
 from snapd_vm.bus.calls import Action, Details
 from snapd_vm.bus.connection import Connection
-from snapd_vm.bus.remote import CONNECTION_USER, CallFailed, ConnectionLost, Remote
+from snapd_vm.bus.remote import CallFailed, ConnectionLost, Remote
 from snapd_vm.bus.wire import Typed
 from snapd_vm.errors import NotAuthorized, NotAuthorizedCanObtain, NotAuthorizedDismissed
 
@@ -150,10 +151,7 @@ class Polkit:
         return list(answer)
 
     async def _root_only(self, sender: str, why: CallFailed) -> None:
-        try:
-            (uid,) = await self._connection.call(CONNECTION_USER, [sender], self._limit)
-        except (CallFailed, TimeoutError, ConnectionLost) as error:
-            raise NotAuthorized("The bus does not say who is calling; call again.") from error
+        uid = await user_of(self._connection, sender, self._limit)
         if uid != 0:
             log.warning("polkit is not there (%s): refused the call of uid %d", why.name, uid)
             raise NotAuthorized("polkit is not running, so that only root may do this; start it.")

@@ -9,10 +9,10 @@ import logging
 from typing import Any
 
 from snapd_vm.bus.connection import Connection
-from snapd_vm.bus.contract import MANAGER, OBJECT_MANAGER, PROPERTIES, SNAPSHOT
+from snapd_vm.bus.contract import JOB, MANAGER, OBJECT_MANAGER, PROPERTIES, SNAPSHOT
 from snapd_vm.bus.tree import INTERFACES, Node, Tree
 from snapd_vm.bus.wire import Typed
-from snapd_vm.model import ROOT_PATH, Domain, Snapshot, domain_path, snapshot_path
+from snapd_vm.model import ROOT_PATH, Domain, Job, Snapshot, domain_path, job_path, snapshot_path
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,22 @@ class Publisher:
     def snapshot_removed(self, snapshot: Snapshot) -> None:
         """InterfacesRemoved."""
         self._removed(snapshot_path(snapshot.uuid), snapshot)
+
+    def job_added(self, job: Job) -> None:
+        """InterfacesAdded, with all properties."""
+        self._added(job_path(job.number), job)
+
+    def job_changed(self, old: Job, new: Job) -> None:
+        """PropertiesChanged, if a property did."""
+        self._changed(job_path(new.number), old, new)
+
+    def job_removed(self, job: Job) -> None:
+        """InterfacesRemoved."""
+        self._removed(job_path(job.number), job)
+
+    def job_completed(self, job: Job, success: bool, message: str) -> None:
+        """The Completed of a job."""
+        self._emit(job_path(job.number), JOB, "Completed", "bs", [success, message])
 
     def connection_changed(self, connected: bool) -> None:
         """PropertiesChanged of Connected."""

@@ -1,6 +1,7 @@
 """The tree of objects: what is at a path, its interfaces, and its properties, from memory alone.
 
-An object is the thing itself: the root, a model.Domain, a model.Snapshot, or a Folder between them.
+An object is the thing itself: the root, a model.Domain, a model.Snapshot, a model.Job, or a Folder
+between them.
 Asks nobody for permission, as properties are open to all and carry no path of a disk.
 """
 
@@ -14,6 +15,7 @@ from snapd_vm.bus.contract import (
     DISK_SNAPSHOT,
     DOMAIN,
     INTROSPECTABLE,
+    JOB,
     MANAGER,
     OBJECT_MANAGER,
     PEER,
@@ -23,10 +25,11 @@ from snapd_vm.bus.contract import (
 )
 from snapd_vm.bus.wire import Dictionary, Entry, Typed
 from snapd_vm.engine.service import Service
-from snapd_vm.model import ROOT_PATH, Domain, Snapshot, domain_path, snapshot_path
+from snapd_vm.model import ROOT_PATH, Domain, Job, Snapshot, domain_path, job_path, snapshot_path
 
 DOMAIN_FOLDER = ROOT_PATH + "/domain"
 SNAPSHOT_FOLDER = ROOT_PATH + "/snapshot"
+JOB_FOLDER = ROOT_PATH + "/job"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,13 @@ class Folder:
     path: str
 
 
-Node: TypeAlias = Root | Folder | Domain | Snapshot
+Node: TypeAlias = Root | Folder | Domain | Snapshot | Job
 
 INTERFACES: Mapping[type, tuple[str, ...]] = {
     Root: (DISK_SNAPSHOT, MANAGER),
     Domain: (DISK_SNAPSHOT, DOMAIN),
     Snapshot: (SNAPSHOT,),
+    Job: (JOB,),
     Folder: (),
 }
 """Our interfaces of each kind of object."""
@@ -58,6 +62,19 @@ INTERFACES: Mapping[type, tuple[str, ...]] = {
 def has_agent(domain: Domain) -> bool:
     """Whether a guest agent is connected; a channel of a domain that is off is not."""
     return domain.active and domain.agent is not None and domain.agent.connected
+
+
+OPEN_RESULTS = {"snapshot": "o", "consistency": "s", "error": "s"}
+"""What of a job's result may be told to all, with its types: nothing that could hold a path."""
+
+
+def open_result(job: Job) -> Mapping[str, Typed]:
+    """What a job has come to, as far as it may be told to all."""
+    return {
+        name: Typed(OPEN_RESULTS[name], value)
+        for name, value in job.result.items()
+        if name in OPEN_RESULTS
+    }
 
 
 VALUES: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
@@ -88,6 +105,17 @@ VALUES: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
         "Format": lambda snapshot: snapshot.format,
         "Size": lambda snapshot: snapshot.size,
     },
+    JOB: {
+        "Operation": lambda job: job.operation,
+        "Progress": lambda job: job.progress,
+        "ProgressValid": lambda job: job.progress_valid,
+        "Bytes": lambda job: job.bytes,
+        "StartTime": lambda job: job.start_us,
+        "Objects": lambda job: job.objects,
+        "StartedByUID": lambda job: job.uid,
+        "Cancelable": lambda job: job.cancelable,
+        "Result": open_result,
+    },
 }
 """How each property is read from its object."""
 
@@ -114,7 +142,9 @@ class Tree:
             return self.service.domains.get(uuid)
         if (uuid := _uuid_below(path, SNAPSHOT_FOLDER)) is not None:
             return self.service.snapshots.get(uuid)
-        if path in (DOMAIN_FOLDER, SNAPSHOT_FOLDER) or path == "/" or leads_to_root(path):
+        if (number := _number_below(path, JOB_FOLDER)) is not None:
+            return self.service.jobs.get(number)
+        if path in (DOMAIN_FOLDER, SNAPSHOT_FOLDER, JOB_FOLDER, "/") or leads_to_root(path):
             return Folder(path)
         return None
 
@@ -127,13 +157,15 @@ class Tree:
     def children(self, node: Node) -> Sequence[str]:
         """Names of the nodes right below an object."""
         if isinstance(node, Root):
-            return ["domain", "snapshot"]
+            return ["domain", "snapshot", "job"]
         if not isinstance(node, Folder):
             return []
         if node.path == DOMAIN_FOLDER:
             return [_last(domain_path(uuid)) for uuid in self.service.domains]
         if node.path == SNAPSHOT_FOLDER:
             return [_last(snapshot_path(uuid)) for uuid in self.service.snapshots]
+        if node.path == JOB_FOLDER:
+            return [str(number) for number in self.service.jobs]
         return [ROOT_PATH.removeprefix(node.path).lstrip("/").partition("/")[0]]
 
     def properties(self, node: Node, interface: str) -> dict[str, Typed]:
@@ -166,6 +198,8 @@ class Tree:
             yield domain_path(uuid), domain
         for uuid, snapshot in self.service.snapshots.items():
             yield snapshot_path(uuid), snapshot
+        for number, job in self.service.jobs.items():
+            yield job_path(number), job
 
 
 def leads_to_root(path: str) -> bool:
@@ -178,6 +212,14 @@ def _uuid_below(path: str, folder: str) -> str | None:
     if not path.startswith(folder + "/_"):
         return None
     return path[len(folder) + 2 :].replace("_", "-")
+
+
+def _number_below(path: str, folder: str) -> int | None:
+    """The number that a path in this folder stands for; None for anything of another form."""
+    text = path.removeprefix(folder + "/")
+    if len(text) > 20 or not text.isdecimal() or path != f"{folder}/{int(text)}":
+        return None
+    return int(text)
 
 
 def _last(path: str) -> str:

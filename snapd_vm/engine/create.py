@@ -24,7 +24,7 @@ from snapd_vm.errors import (
     NameInUse,
     QuiesceFailed,
 )
-from snapd_vm.methods.method import Method
+from snapd_vm.methods.method import Method, Watch
 from snapd_vm.model import (
     Consistency,
     Disk,
@@ -203,7 +203,7 @@ def _draft(choice: Choice, size: int, consistency: Consistency) -> Snapshot:
 
 
 def take(
-    world: World, choice: Choice, flags: Flags, resumed: Callable[[], bool]
+    world: World, choice: Choice, flags: Flags, resumed: Callable[[], bool], watch: Watch
 ) -> tuple[Operation, list[Snapshot], bool]:
     """Do it: from the journal's first entry to the reading back, its last entry not included.
 
@@ -214,7 +214,7 @@ def take(
     agent = world.hypervisor.agent(choice.domain)
     try:
         quiesce = _survey(world, agent, choice, flags)
-        return _take(world, choice, flags, agent, quiesce, resumed)
+        return _take(world, choice, flags, agent, quiesce, resumed, watch)
     finally:
         agent.close()
 
@@ -226,6 +226,7 @@ def _take(
     agent: Agent,
     quiesce: _Quiesce | None,
     resumed: Callable[[], bool],
+    watch: Watch,
 ) -> tuple[Operation, list[Snapshot], bool]:
     method, tag = choice.method, choice.tag
     world.reach(Step.CHECKED)
@@ -248,6 +249,7 @@ def _take(
 
         targets = method.prepare(operation.targets, tag, record)
         world.reach(Step.ARMED)
+        watch.past_return()
 
         def switch() -> None:
             method.create(targets, tag)
@@ -317,6 +319,8 @@ def finish(
         consistency=consistency,
         frozen_filesystems=frozen.filesystems,
         frozen_us=frozen.frozen_us,
-        backup_source=domainxml.with_consistency(draft.backup_source, consistency),
+        backup_source=domainxml.with_attributes(
+            draft.backup_source, consistency=consistency, snapshot_path=snapshot_path(draft.uuid)
+        ),
         modified_disk=disk.xml if disk is not None and changed else "",
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from snapd_vm.engine import create, select
+from snapd_vm.engine import create, delete, select
 from snapd_vm.engine.create import Failed
+from snapd_vm.engine.jobs import Jobs, Running
 from snapd_vm.engine.journal import Held, Step
 from snapd_vm.engine.keeper import Keeper
 from snapd_vm.engine.locks import DomainLocks
@@ -35,11 +36,14 @@ from snapd_vm.model import (
     Domain,
     Flags,
     Found,
+    Job,
     Plan,
     Request,
     Snapshot,
     SnapshotState,
     Tag,
+    domain_path,
+    snapshot_path,
 )
 from snapd_vm.virt.inventory import Inventory
 
@@ -61,8 +65,9 @@ class Engine:
         self._resumed: set[str] = set()
         self._locks = DomainLocks()
         self._shelf = Shelf(world, lambda: self.domains, lambda: self.connected)
+        self._jobs = Jobs()
         self._keeper = Keeper(
-            world, self._shelf, self._locks, lambda: self.connected, self._refreshed
+            world, self._shelf, self._jobs, self._locks, lambda: self.connected, self._refreshed
         )
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -91,8 +96,13 @@ class Engine:
     def snapshots(self) -> Mapping[str, Snapshot]:
         return self._shelf.snapshots
 
+    @property
+    def jobs(self) -> Mapping[int, Job]:
+        return self._jobs.jobs
+
     def subscribe(self, listener: Listener) -> None:
         self._shelf.listeners.append(listener)
+        self._jobs.listeners.append(listener)
 
     def find(self, request: Request) -> Found:
         return select.find(self.domains, request)
@@ -133,9 +143,38 @@ class Engine:
 
     # -- Create and its kin ----------------------------------------------------------------------
 
-    async def create(self, found: Found, request: Request) -> Snapshot:
+    async def create(self, found: Found, request: Request, uid: int) -> Snapshot:
         uuid = _domain_of(found)
-        return await self._shielded(self._create(uuid, _pinned(found, request)))
+        running = self._jobs.begin(
+            "create",
+            domain_uuid=uuid,
+            disk=found.disk.target if found.disk else "",
+            name=request.name,
+            objects=(domain_path(uuid),),
+            uid=uid,
+            cancelable=True,
+        )
+        return await self._shielded(
+            self._as_job(running, self._create(uuid, _pinned(found, request), running), _created)
+        )
+
+    async def delete(self, snapshot_uuid: str, uid: int) -> str:
+        snapshot = self._shelf.get(snapshot_uuid)
+        running = self._jobs.begin(
+            "delete",
+            domain_uuid=snapshot.domain_uuid,
+            disk=snapshot.target.disk,
+            name=snapshot.name,
+            objects=(snapshot_path(snapshot_uuid),),
+            uid=uid,
+            cancelable=True,
+        )
+        return await self._shielded(
+            self._as_job(running, self._delete(snapshot_uuid, running), lambda _disk: {})
+        )
+
+    async def cancel(self, number: int) -> None:
+        await self._jobs.cancel(number)
 
     async def plan(self, found: Found, request: Request) -> Plan:
         self._require_connection()
@@ -163,7 +202,7 @@ class Engine:
             return snapshot.modified_disk
         return disk.xml
 
-    async def _create(self, uuid: str, request: Request) -> Snapshot:
+    async def _create(self, uuid: str, request: Request, watch: Running) -> Snapshot:
         world = self._world
         async with self._locks.hold(uuid, world.config.lock_timeout_s), self._slots:
             self._require_connection()
@@ -171,7 +210,12 @@ class Engine:
             choice = await world.run(create.choose, world, uuid, request, self._shelf.names(uuid))
             try:
                 operation, snapshots, held = await world.run(
-                    create.take, world, choice, request.flags, lambda: uuid in self._resumed
+                    create.take,
+                    world,
+                    choice,
+                    request.flags,
+                    lambda: uuid in self._resumed,
+                    watch,
                 )
             except Failed as failed:
                 await self._keeper.undo(failed)
@@ -196,6 +240,38 @@ class Engine:
                 self._shelf.add(snapshot)
             await self._refreshed(uuid)
             return snapshots[0]
+
+    async def _delete(self, snapshot_uuid: str, watch: Running) -> str:
+        world = self._world
+        uuid = self._shelf.get(snapshot_uuid).domain_uuid
+        async with self._locks.hold(uuid, world.config.lock_timeout_s):
+            self._require_connection()
+            snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
+            operation = await world.run(delete.begin, world, snapshot)
+            self._locks.block(uuid, "A snapshot of the domain is being deleted; wait for its end.")
+            try:
+                await self._keeper.delete(operation, watch)
+            finally:
+                if not self._keeper.is_open(uuid):
+                    self._locks.unblock(uuid)
+        domain = self.domains.get(uuid)
+        disk = domain.disk(snapshot.target.disk) if domain is not None else None
+        return disk.xml if disk is not None else ""
+
+    async def _as_job(
+        self,
+        running: Running,
+        work: Coroutine[Any, Any, T],
+        result: Callable[[T], Mapping[str, str]],
+    ) -> T:
+        """Run it, and let its job end with it."""
+        try:
+            value = await work
+        except BaseException as error:
+            running.end(error, {})
+            raise
+        running.end(None, result(value))
+        return value
 
     def _disk_reports(self, uuid: str) -> Sequence[DiskReport]:
         world = self._world
@@ -287,6 +363,11 @@ def _domain_of(found: Found) -> str:
     if found.domain is None:
         raise found.error or NoSuchDomain("There is no such domain.")
     return found.domain.uuid
+
+
+def _created(snapshot: Snapshot) -> Mapping[str, str]:
+    """The result of a Create's job: its XML names paths, and properties are open to all."""
+    return {"snapshot": snapshot_path(snapshot.uuid)}
 
 
 def _pinned(found: Found, request: Request) -> Request:

@@ -30,6 +30,13 @@ PRAGMA user_version = 1;
 _VERSION = 1
 
 
+class Kind(StrEnum):
+    """What an operation does."""
+
+    CREATE = "create"
+    DELETE = "delete"
+
+
 _Row = tuple[str, tuple[str, ...]]
 """A statement and its values."""
 
@@ -48,18 +55,29 @@ class Step(StrEnum):
     ENDED = "ended"  # journalled: the snapshot, and nothing held
 
 
+class DeleteStep(StrEnum):
+    """The moments of a Delete, likewise."""
+
+    CHECKED = "delete-checked"
+    BEGUN = "delete-begun"  # journalled: what is being deleted
+    COMMITTED = "delete-committed"  # its storage is gone
+    ENDED = "delete-ended"  # journalled: its record is gone
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A Create that was begun, with the records of its snapshots as they will be if all goes well.
+    """A Create or Delete that was begun.
 
-    A draft's consistency is the least that it can be. `failed`: the caller was told so; it is to be
-    undone and not completed.
+    The drafts of a Create are the records of its snapshots as they will be if all goes well; a
+    draft's consistency is the least that it can be. Those of a Delete are what is being deleted.
+    `failed`: the caller of a Create was told so; it is to be undone and not completed.
     """
 
     tag: Tag
     flags: Flags
     drafts: tuple[Snapshot, ...]
     failed: bool = False
+    kind: Kind = Kind.CREATE
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -127,6 +145,13 @@ class Journal:
         rows += [_put_snapshot(snapshot) for snapshot in snapshots]
         if release:
             rows.append(("DELETE FROM held WHERE domain = ?", (operation.tag.domain_uuid,)))
+        self._write(rows)
+
+    def deleted(self, operation: Operation, moved: Sequence[Snapshot]) -> None:
+        """Close a Delete: its snapshots are gone, and others have moved."""
+        rows: list[_Row] = [("DELETE FROM operation WHERE uuid = ?", (operation.tag.uuid,))]
+        rows += [("DELETE FROM snapshot WHERE uuid = ?", (d.uuid,)) for d in operation.drafts]
+        rows += [_put_snapshot(snapshot) for snapshot in moved]
         self._write(rows)
 
     def release(self, domain_uuid: str) -> None:
@@ -207,6 +232,7 @@ def _operation(row: dict[str, Any]) -> Operation:
         flags=Flags(row["flags"]),
         drafts=tuple(_snapshot(draft) for draft in row["drafts"]),
         failed=row["failed"],
+        kind=Kind(row.get("kind", Kind.CREATE)),
     )
 
 

@@ -31,7 +31,7 @@ def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapsh
     standing = []
     for draft in reversed(operation.drafts):
         try:
-            world.methods[draft.target.method].delete(draft.target, tag)
+            world.methods[draft.target.method].undo(draft.target, tag)
         except Kept as error:
             log.error("snapshot %s of domain %s stands: %s", tag.label, tag.domain_name, error)
             standing.append(_standing(world, draft))

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _LOOK_S = 30.0
 """Nobody tells of a file that was removed; so it is looked for this often."""
 
+_AT_WORK = (SnapshotState.DELETING, SnapshotState.REVERTING)
+
 
 class Shelf:
     """Snapshots by UUID, kept true."""
@@ -51,13 +53,31 @@ class Shelf:
 
     def names(self, domain_uuid: str) -> frozenset[str]:
         """The labels in use on a domain's disks, as "target/label"."""
-        return frozenset(f"{s.target.disk}/{s.name}" for s in self._of(domain_uuid))
+        return frozenset(f"{s.target.disk}/{s.name}" for s in self.of(domain_uuid))
 
     def add(self, snapshot: Snapshot) -> None:
         """One that the journal has already."""
         self.snapshots[snapshot.uuid] = snapshot
         for listener in self.listeners:
             listener.snapshot_added(snapshot)
+
+    def replace(self, snapshot: Snapshot) -> None:
+        """Another record in the place of the one with its UUID; the journal has it already."""
+        old = self.snapshots[snapshot.uuid]
+        self.snapshots[snapshot.uuid] = snapshot
+        for listener in self.listeners:
+            listener.snapshot_changed(old, snapshot)
+
+    def remove(self, uuid: str) -> None:
+        """One that the journal has no more."""
+        snapshot = self.snapshots.pop(uuid)
+        for listener in self.listeners:
+            listener.snapshot_removed(snapshot)
+
+    def warn(self, snapshot: Snapshot, code: str, message: str) -> None:
+        """Tell of something that concerns a snapshot; the message names no path."""
+        for listener in self.listeners:
+            listener.warning(snapshot, code, message)
 
     async def look(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its State of now; tells of a change, and warns of a bad one."""
@@ -67,10 +87,9 @@ class Shelf:
         domain = self._domains().get(snapshot.domain_uuid)
         state = SnapshotState(await self._world.run(method.state, snapshot.target, domain))
         current = self.snapshots.get(snapshot.uuid)
-        if current is None or state is current.state:
+        if current is None or state is current.state or current.state in _AT_WORK:
             return current or snapshot
         new = dataclasses.replace(current, state=state)
-        self.snapshots[new.uuid] = new
         log.warning(
             "snapshot %s of disk %s of domain %s is %s",
             new.name,
@@ -80,20 +99,21 @@ class Shelf:
             extra=fields(MessageId.STATE, new, state=state),
         )
         await self._world.run(self._world.journal.put, new)
-        for listener in self.listeners:
-            listener.snapshot_changed(current, new)
-            if state is SnapshotState.FAILED:
-                listener.warning(
-                    new,
-                    "base-in-use",
-                    "A domain's definition names the image that the snapshot is; correct it, or "
-                    "what was written since is lost and the snapshot changes.",
-                )
+        if snapshot.uuid not in self.snapshots:
+            return new
+        self.replace(new)
+        if state is SnapshotState.FAILED:
+            self.warn(
+                new,
+                "base-in-use",
+                "A domain's definition names the image that the snapshot is; correct it, or "
+                "what was written since is lost and the snapshot changes.",
+            )
         return new
 
     async def look_at_domain(self, uuid: str) -> None:
         """Look at all snapshots of a domain."""
-        for snapshot in self._of(uuid):
+        for snapshot in self.of(uuid):
             await self.look(snapshot)
 
     async def keep_looking(self) -> None:
@@ -106,5 +126,6 @@ class Shelf:
                     log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
             await asyncio.sleep(_LOOK_S)
 
-    def _of(self, domain_uuid: str) -> Sequence[Snapshot]:
+    def of(self, domain_uuid: str) -> Sequence[Snapshot]:
+        """All of a domain."""
         return [s for s in self.snapshots.values() if s.domain_uuid == domain_uuid]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
 
 from snapd_vm.config import Config
-from snapd_vm.engine.journal import Journal, Step
+from snapd_vm.engine.journal import DeleteStep, Journal, Step
 from snapd_vm.methods.method import Method
 from snapd_vm.model import Domain
 from snapd_vm.virt.agent import Agent
@@ -30,14 +30,14 @@ class Hypervisor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """See the top of the file. `reach` is told of every step of a Create, in any thread."""
+    """See the top of the file. `reach` is told of every step of an operation, in any thread."""
 
     config: Config
     hypervisor: Hypervisor
     methods: Mapping[str, Method]
     journal: Journal
     executor: ThreadPoolExecutor
-    reach: Callable[[Step], None]
+    reach: Callable[[Step | DeleteStep], None]
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a blocking function in a thread. Cancelling the await does not stop the thread."""

@@ -19,6 +19,19 @@ Record = Callable[[Sequence[Target]], None]
 """Writes targets durably into the journal; blocks until it is done."""
 
 
+class Watch(Protocol):
+    """Who watches a long operation, and may ask it to stop; called from the worker thread."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+    def progress(self, done: int, total: int) -> None:
+        """So many bytes of so many; total 0: unknown."""
+
+    def past_return(self) -> None:
+        """From here it can't be cancelled. Raises Cancelled if that was asked for before."""
+
+
 class Kept(HypervisorUnavailable):
     """A snapshot can't be undone without losing the guest's writes, and stands."""
 
@@ -61,11 +74,24 @@ class Method(Protocol):
     def taken(self, target: Target, tag: Tag) -> bool:
         """Whether the snapshot is there, whole, and known to all who must know it."""
 
-    def delete(self, target: Target, tag: Tag) -> bool:
-        """Remove the snapshot, or what `prepare` made; the disk's present contents stay.
+    def undo(self, target: Target, tag: Tag) -> bool:
+        """Take back what a Create did, however far it came; the disk's present contents stay.
 
-        False: nothing was there. Recovery calls it without knowing how far a Create has come.
+        False: nothing was there. Raises Kept where the snapshot can't be taken back and stands.
         """
+
+    def check_delete(self, target: Target, tag: Tag) -> None:
+        """Everything for which a delete can be refused, without a change: readers, users, space."""
+
+    def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """Remove a snapshot that stands; the disk's present contents, and other snapshots', stay.
+
+        May be called again after it was broken off at any moment. Raises Cancelled, with all as it
+        was, if `watch` says so in time.
+        """
+
+    def moved(self, deleted: Target, other: Target) -> Target | None:
+        """What another snapshot's Target is now, if the delete has moved its source; else None."""
 
     def state(self, target: Target, domain: Domain | None) -> str:
         """ "ready", "missing", "failed" or "detached": what the storage and `domain` say now."""

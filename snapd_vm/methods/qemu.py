@@ -7,7 +7,6 @@ domain really uses is asked every time, never remembered.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -25,35 +24,23 @@ from snapd_vm.errors import (
     NoSuchDomain,
     StorageFailed,
 )
-from snapd_vm.methods import overlay
-from snapd_vm.methods.method import Kept, Record
+from snapd_vm.methods import commit, overlay
+from snapd_vm.methods.layer import Layer
+from snapd_vm.methods.method import Record, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
 log = logging.getLogger(__name__)
 
-_COMMIT_LIMIT_S = 120.0
 _RESERVE = 1 << 20
 """Bytes that must be free beyond the overlay's own first size: an overlay that can't grow stops
 the guest at its next write."""
 
 
-class Hypervisor(Protocol):
+class Hypervisor(commit.Hypervisor, Protocol):
     """What the method needs of the hypervisor; blocking, raises SnapdErrors."""
 
-    def read(self, uuid: str) -> Domain: ...
-    def capacity(self, uuid: str, target: str) -> int: ...
-    def managed_save(self, uuid: str) -> bool: ...
     def checkpoints(self, uuid: str) -> bool: ...
     def switch(self, uuid: str, overlays: Mapping[str, tuple[str, str]]) -> None: ...
-    def commit_active(self, uuid: str, target: str, base: str, timeout: float) -> None: ...
-    def redefine_disk(
-        self, uuid: str, target: str, path: str, disk_type: str, image_format: str
-    ) -> None: ...
-    def locked(self, path: str, image_format: str) -> bool: ...
-    def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None: ...
-    def drop_nodes(self, uuid: str, overlay: str) -> None: ...
-    def user_of(self, path: str, uuid: str, target: str) -> str: ...
-    def qemu_user(self) -> tuple[int, int]: ...
 
 
 class Qemu:
@@ -142,13 +129,13 @@ class Qemu:
         """See Method."""
         needed, available, warnings = 0, 0, list[str]()
         for target in targets:
-            found = _Overlay.of(target)
+            found = Layer.of(target)
             self._check_domain(found, target.disk)
             user = self._hypervisor.user_of(found.origin, found.domain, target.disk)
             if user:
                 raise Busy(f"The image of disk {target.disk} is also used by {user}.")
             folder = os.path.dirname(found.path)
-            with self._folder(folder) as fd:
+            with commit.open_folder(self._hypervisor, folder) as fd:
                 if overlay.exists(fd, os.path.basename(found.path)):
                     raise NameInUse(
                         f"There is a file {found.path} already; choose another name or overlay."
@@ -170,7 +157,7 @@ class Qemu:
                 )
         return Needs(needed, available, tuple(warnings))
 
-    def _check_domain(self, found: _Overlay, disk: str) -> None:
+    def _check_domain(self, found: Layer, disk: str) -> None:
         if found.instance != -1:
             return
         if self._hypervisor.managed_save(found.domain):
@@ -190,9 +177,9 @@ class Qemu:
         """Make the overlays under names of their own, journal their inodes, then name them."""
         prepared = []
         for target in targets:
-            found = _Overlay.of(target)
+            found = Layer.of(target)
             size = self.size(target)
-            with self._folder(os.path.dirname(found.path)) as fd:
+            with commit.open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
                 inode = overlay.make(fd, found.draft(tag), found.origin, found.origin_format, size)
             data: dict[str, Json] = {
                 **target.data,
@@ -204,8 +191,8 @@ class Qemu:
         record(prepared)
         self._in_order.add(tag.uuid)
         for target in prepared:
-            found = _Overlay.of(target)
-            with self._folder(os.path.dirname(found.path)) as fd:
+            found = Layer.of(target)
+            with commit.open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
                 overlay.give_name(fd, found.draft(tag), os.path.basename(found.path))
         return prepared
 
@@ -222,18 +209,17 @@ class Qemu:
         self._in_order.add(tag.uuid)
 
     def taken(self, target: Target, tag: Tag) -> bool:
-        """Whether libvirt says the overlay, live and (where it should) persistent.
+        """Whether the overlay is in the chain, live and (where it should) persistent.
 
         Where the running domain has switched and only the definition was not written, as when
         libvirtd dies in between, the definition is mended here.
         """
-        found = _Overlay.of(target)
+        found = Layer.of(target)
         try:
             domain = self._hypervisor.read(found.domain)
         except NoSuchDomain:
             return False
-        live = domain.disk(target.disk)
-        if live is None or live.path != found.path:
+        if commit.in_use(domain, found, target.disk) is None:
             return False
         if domain.active and found.persistent:
             persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
@@ -248,108 +234,32 @@ class Qemu:
                 )
         return True
 
-    def delete(self, target: Target, tag: Tag) -> bool:
-        """See Method; the table of what may have happened is in `_undo`."""
-        found = _Overlay.of(target)
-        removed = self._unlink(found, found.draft(tag))
-        if found.inode is None:  # killed before it had a name
-            return removed
-        current = storage.file_id(found.path)
-        if current is None:
-            return removed
-        if current != found.inode:
-            log.warning("%s is not the overlay that we made; left alone", found.path)
-            return removed
-        self._undo(found, target.disk, in_order=tag.uuid in self._in_order)
-        return self._unlink(found, os.path.basename(found.path)) or removed
+    def undo(self, target: Target, tag: Tag) -> bool:
+        """See Method and commit.undo."""
+        in_order = tag.uuid in self._in_order
+        return commit.undo(self._hypervisor, Layer.of(target), target.disk, tag, in_order=in_order)
 
-    def _undo(self, found: _Overlay, disk: str, *, in_order: bool) -> None:
-        """Bring the domain back to the origin, whatever it uses now, or raise.
+    def check_delete(self, target: Target, tag: Tag) -> None:
+        """See Method and commit.check_delete."""
+        commit.check_delete(self._hypervisor, Layer.of(target), target.disk)
 
-        libvirt says  | locked: origin, overlay | what happened             | so
-        overlay, live | -                       | switched                  | commit and pivot
-        overlay, off  | -                       | switched, not started     | define the origin
-        origin, live  | yes, no or yes          | not switched              | remove nodes, if any
-        origin, live  | no, yes                 | switched behind libvirt   | commit by the monitor
-        origin, off   | -                       | ended since; data tells   | keep what has data
-        """
-        try:
-            # Waits for the end of a switch that a client, killed meanwhile, has begun.
-            with contextlib.suppress(StorageFailed):
-                self._hypervisor.capacity(found.domain, disk)
-            domain = self._hypervisor.read(found.domain)
-        except NoSuchDomain:
-            self._refuse_if_written(found, "the domain was undefined")
-            return
-        live = domain.disk(disk)
-        path = live.path if live is not None else ""
-        if path == found.path and domain.active:
-            self._hypervisor.commit_active(found.domain, disk, found.origin, _COMMIT_LIMIT_S)
-            self._define_origin(found, disk)
-        elif path == found.path:
-            self._refuse_if_written(found, "the domain has written to it")
-            self._define_origin(found, disk)
-        elif path == found.origin and domain.active:
-            if not in_order:
-                self._settle_nodes(found, disk)
-            self._define_origin(found, disk)
-        elif path == found.origin:
-            if overlay.written(found.path):
-                # QEMU had switched, and ended before libvirt knew: those writes are the guest's.
-                log.error(
-                    "domain %s wrote to %s unknown to libvirt; its definition now says so",
-                    found.domain,
-                    found.path,
-                )
-                self._hypervisor.redefine_disk(found.domain, disk, found.path, "file", "qcow2")
-                raise Kept("The domain had switched to the overlay, which is kept.")
-        else:
-            self._refuse_if_written(found, f"disk {disk} has another image now")
+    def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """See Method and commit.delete."""
+        commit.delete(self._hypervisor, Layer.of(target), target.disk, watch)
 
-    def _settle_nodes(self, found: _Overlay, disk: str) -> None:
-        locked = self._hypervisor.locked(found.path, "qcow2")
-        if locked and not self._hypervisor.locked(found.origin, found.origin_format):
-            log.warning("QEMU writes to the overlay of disk %s unknown to libvirt", disk)
-            self._hypervisor.commit_behind(found.domain, found.path, _COMMIT_LIMIT_S)
-        else:
-            self._refuse_if_written(found, "the domain runs on its base")
-            self._hypervisor.drop_nodes(found.domain, found.path)
-
-    def _define_origin(self, found: _Overlay, disk: str) -> None:
-        """Let the definition say the origin where it says the overlay."""
-        domain = self._hypervisor.read(found.domain)
-        disks = domain.persistent_disks if domain.active else domain.disks
-        persistent = next((d for d in disks if d.target == disk), None)
-        if persistent is not None and persistent.path == found.path:
-            self._hypervisor.redefine_disk(
-                found.domain, disk, found.origin, found.origin_type, found.origin_format
-            )
-
-    def _refuse_if_written(self, found: _Overlay, why: str) -> None:
-        if overlay.written(found.path):
-            raise StorageFailed(
-                f"The overlay {found.path} holds data and {why}; look at both before removing it."
-            )
-
-    def _unlink(self, found: _Overlay, name: str) -> bool:
-        try:
-            with self._folder(os.path.dirname(found.path)) as fd:
-                os.unlink(name, dir_fd=fd)
-                os.fsync(fd)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StorageFailed(f"{found.path} can't be removed: {error.strerror}.") from error
-        log.info("removed %s", name)
-        return True
-
-    def _folder(self, folder: str) -> contextlib.AbstractContextManager[int]:
-        uid, gid = self._hypervisor.qemu_user()
-        return storage.open_folder(folder, {0, uid}, {0, gid})
+    def moved(self, deleted: Target, other: Target) -> Target | None:
+        """The other's source was the overlay that has gone into the deleted one's source."""
+        gone = Layer.of(deleted)
+        if Layer.of(other).origin != gone.path or other.disk != deleted.disk:
+            return None
+        place: dict[str, Json] = {
+            name: deleted.data[name] for name in ("origin", "origin_type", "origin_format")
+        }
+        return dataclasses.replace(other, data={**other.data, **place})
 
     def state(self, target: Target, domain: Domain | None) -> str:
         """See Method: the origin must be the file that it was and be nobody's active image."""
-        found = _Overlay.of(target)
+        found = Layer.of(target)
         if storage.file_id(found.origin) is None:
             return "missing"
         if domain is None or domain.disk(target.disk) is None:
@@ -358,37 +268,3 @@ class Qemu:
         if any(d.path == found.origin and not d.readonly for d in disks):
             return "failed"
         return "ready"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Overlay:
-    """A Target's data with its types."""
-
-    domain: str
-    instance: int
-    origin: str
-    origin_type: str
-    origin_format: str
-    persistent: bool
-    path: str
-    inode: storage.FileId | None
-
-    @classmethod
-    def of(cls, target: Target) -> _Overlay:
-        data = target.data
-        device, inode, instance = data.get("device"), data.get("inode"), data["instance"]
-        known = isinstance(device, int) and isinstance(inode, int)
-        return cls(
-            domain=str(data["domain"]),
-            instance=instance if isinstance(instance, int) else -1,
-            origin=str(data["origin"]),
-            origin_type=str(data["origin_type"]),
-            origin_format=str(data["origin_format"]),
-            persistent=bool(data["persistent"]),
-            path=str(data["overlay"]),
-            inode=storage.FileId(device, inode) if known else None,  # type: ignore[arg-type]
-        )
-
-    def draft(self, tag: Tag) -> str:
-        """The name in the overlay's folder that it has until it is complete; ours by its UUID."""
-        return f".{tag.storage_name}.new"

@@ -93,10 +93,11 @@ def backup_source(
     return safexml.clean(fresh)
 
 
-def with_consistency(source_xml: str, consistency: Consistency) -> str:
-    """The same backup source with another consistency."""
+def with_attributes(source_xml: str, *, consistency: Consistency, snapshot_path: str) -> str:
+    """The same backup source with another consistency and snapshot."""
     source = safexml.parse(source_xml, _LIMIT)
     source.set(f"{{{NAMESPACE}}}consistency", consistency)
+    source.set(f"{{{NAMESPACE}}}snapshot", snapshot_path)
     return safexml.clean(source)
 
 

@@ -11,12 +11,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import libvirt
 from lxml import etree
 
-from snapd_vm.errors import StorageFailed, TimedOut
+from snapd_vm.errors import Cancelled, StorageFailed, TimedOut
 from snapd_vm.model import Domain
 from snapd_vm.virt import domainxml, mend, users
 from snapd_vm.virt.agent import Agent
@@ -37,12 +37,24 @@ _STATES = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 
+_STALLED_S = 600
+_PIVOT_LIMIT_S = 60.0
+
 _SNAPSHOT_FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
+
+
+class Watch(Protocol):
+    """Who watches a block job; see methods.method.Watch."""
+
+    @property
+    def cancelled(self) -> bool: ...
+    def progress(self, done: int, total: int) -> None: ...
+    def past_return(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,34 +191,21 @@ class Hypervisor:
             targets = domainxml.targets(domain.XMLDesc())
             domain.snapshotCreateXML(domainxml.snapshot_xml(targets, overlays), _SNAPSHOT_FLAGS)
 
-    def commit_active(self, uuid: str, target: str, base: str, timeout: float) -> None:
-        """Commit the active overlay of a running domain's disk into `base` and pivot back to it.
+    def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None:
+        """Commit `top` of a disk's chain into `base`, its backing file, while the domain runs.
 
-        The base is given explicitly, as without it the bottom of the chain is written to. Ends the
-        job where it does not get ready within `timeout` seconds, and raises TimedOut.
+        `top` '' is the active image: the domain pivots back to `base` then. The base is always
+        given, as without it the bottom of the chain is written to (virDomainBlockCommit). A job
+        that runs already on the disk, as after a restart of ours, is taken up. Raises Cancelled,
+        StorageFailed, and TimedOut where the job makes no progress for a long time.
         """
-        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
-        deadline = time.monotonic() + timeout
+        flags = 0
+        if not top:
+            flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
         with self._domain(uuid) as domain:
-            domain.blockCommit(target, base, None, 0, flags)
-            while not domainxml.mirror_ready(domain.XMLDesc(), target):
-                if not domain.blockJobInfo(target):
-                    raise StorageFailed(f"The commit of disk {target} failed; see QEMU's log.")
-                if time.monotonic() > deadline:
-                    domain.blockJobAbort(target)
-                    raise TimedOut(f"The commit of disk {target} was not ready in {timeout:g} s.")
-                time.sleep(0.02)
-            while True:
-                try:
-                    domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-                    return
-                except libvirt.libvirtError as error:
-                    # "not ready" although it was announced: try again, as others had to.
-                    if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
-                        raise
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.05)
+            if not domain.blockJobInfo(target):
+                domain.blockCommit(target, base, top or None, 0, flags)
+            _follow(domain, target, watch, active=not top)
 
     def pool_folders(self) -> Sequence[str]:
         """The folders of the active storage pools that are folders (dir, fs, netfs)."""
@@ -241,6 +240,43 @@ def _if_supported(call: Callable[[], T]) -> T | None:
         if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
             return None
         raise
+
+
+def _follow(domain: libvirt.virDomain, target: str, watch: Watch, *, active: bool) -> None:
+    """Wait for a block job's end; an active one is pivoted once it is ready."""
+    last, moved = (-1, -1), time.monotonic()
+    pause = 0.005
+    while info := domain.blockJobInfo(target):
+        now = (int(info["cur"]), int(info["end"]))
+        watch.progress(*now)
+        if watch.cancelled:
+            domain.blockJobAbort(target)
+            raise Cancelled("The commit was cancelled; the snapshot is as it was.")
+        if active and now[0] == now[1] and domainxml.mirror_ready(domain.XMLDesc(), target):
+            watch.past_return()
+            _pivot(domain, target)
+            return
+        if now != last:
+            last, moved = now, time.monotonic()
+        elif time.monotonic() > moved + _STALLED_S:
+            domain.blockJobAbort(target)
+            raise TimedOut(f"The commit of disk {target} made no progress for {_STALLED_S} s.")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+def _pivot(domain: libvirt.virDomain, target: str) -> None:
+    """Pivot; "not ready" although it was announced happens, and is tried again."""
+    deadline = time.monotonic() + _PIVOT_LIMIT_S
+    while True:
+        try:
+            domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+            return
+        except libvirt.libvirtError as error:
+            not_ready = error.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
+            if not not_ready or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def read_domain(domain: libvirt.virDomain) -> Domain:

@@ -2,7 +2,7 @@
 
     python -m tests.real.faulty_daemon --at STEP --do kill|stop|sleep:SECONDS|raise --config FILE
 
-The fault comes the first time that a Create reaches STEP, and only in this life of the daemon.
+The fault comes the first time that an operation reaches STEP, and only in this life of the daemon.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import time
 from pathlib import Path
 
 from snapd_vm import config, daemon, journald
-from snapd_vm.engine.journal import Journal, Step
+from snapd_vm.engine.journal import DeleteStep, Journal, Step
 from snapd_vm.errors import StorageFailed
 
 
 class Fault:
     """Calls for the fault once."""
 
-    def __init__(self, step: Step, do: str) -> None:
+    def __init__(self, step: str, do: str) -> None:
         self._step = step
         self._do = do
         self._done = False
 
-    def __call__(self, step: Step) -> None:
-        if step is not self._step or self._done:
+    def __call__(self, step: Step | DeleteStep) -> None:
+        if step != self._step or self._done:
             return
         self._done = True
         if self._do == "kill":
@@ -52,7 +52,7 @@ class Fault:
 def main() -> int:
     """Run it; the daemon's exit status."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--at", type=Step, required=True)
+    parser.add_argument("--at", choices=[*Step, *DeleteStep], required=True)
     parser.add_argument("--do", required=True)
     parser.add_argument("--config", type=Path, required=True)
     asked = parser.parse_args()

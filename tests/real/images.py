@@ -48,3 +48,11 @@ def needs_recovery(raw: Path) -> bool:
 def is_clean(raw: Path) -> bool:
     """Whether `e2fsck -fn` finds nothing to mend."""
     return attempt(["e2fsck", "-fn", raw], timeout=60).returncode == 0
+
+
+def chain(path: str | Path) -> list[str]:
+    """The files of an image's backing chain, itself first."""
+    argv = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", path]
+    done = attempt(argv, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [str(image["filename"]) for image in json.loads(done.stdout)]

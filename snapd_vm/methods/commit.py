@@ -1,0 +1,282 @@
+"""Takes an overlay of ours away again: commits it into its origin, wherever it is in the chain.
+
+Two ways in: `undo` after a Create that failed, whatever it had done, and `delete` of a snapshot
+that stands. What the domain really uses is asked of libvirt every time, never remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+from typing import Protocol
+
+from snapd_vm import command, storage
+from snapd_vm.errors import (
+    Busy,
+    InvalidState,
+    NoSpace,
+    NoSuchDomain,
+    StorageFailed,
+)
+from snapd_vm.methods import overlay
+from snapd_vm.methods.layer import Layer
+from snapd_vm.methods.method import Kept, Watch
+from snapd_vm.model import Disk, Domain, Tag
+
+log = logging.getLogger(__name__)
+
+_MEND_LIMIT_S = 120.0
+_SLOWEST_BYTES_S = 4 << 20
+_ROUNDS = 4
+_MARGIN = 1 << 20
+
+
+class Hypervisor(Protocol):
+    """What is needed of the hypervisor here; blocking, raises SnapdErrors."""
+
+    def read(self, uuid: str) -> Domain: ...
+    def capacity(self, uuid: str, target: str) -> int: ...
+    def running_job(self, uuid: str, target: str) -> str: ...
+    def managed_save(self, uuid: str) -> bool: ...
+    def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None: ...
+    def redefine_disk(
+        self, uuid: str, target: str, path: str, disk_type: str, image_format: str
+    ) -> None: ...
+    def locked(self, path: str, image_format: str) -> bool: ...
+    def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None: ...
+    def drop_nodes(self, uuid: str, overlay: str) -> None: ...
+    def user_of(self, path: str, uuid: str, target: str) -> str: ...
+    def qemu_user(self) -> tuple[int, int]: ...
+
+
+class Unwatched:
+    """A Watch that nobody is behind."""
+
+    cancelled = False
+
+    def progress(self, done: int, total: int) -> None:
+        """Nobody asks."""
+
+    def past_return(self) -> None:
+        """Nobody wanted to."""
+
+
+def undo(hypervisor: Hypervisor, layer: Layer, disk: str, tag: Tag, *, in_order: bool) -> bool:
+    """Take back a Create; whether anything was there. See Method.undo and `_undo`.
+
+    `in_order`: QEMU has no node of the overlay that libvirt does not know.
+    """
+    removed = _unlink(hypervisor, layer, layer.draft(tag))
+    if layer.inode is None:  # killed before it had a name
+        return removed
+    current = storage.file_id(layer.path)
+    if current is None:
+        return removed
+    if current != layer.inode:
+        log.warning("%s is not the overlay that we made; left alone", layer.path)
+        return removed
+    _undo(hypervisor, layer, disk, in_order=in_order)
+    return _unlink(hypervisor, layer, os.path.basename(layer.path)) or removed
+
+
+def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) -> None:
+    """Bring the domain back to the origin, whatever it uses now, or raise.
+
+    libvirt says  | locked: origin, overlay | what happened             | so
+    overlay       | -                       | switched                  | commit
+    origin, live  | yes, no or yes          | not switched              | remove nodes, if any
+    origin, live  | no, yes                 | switched behind libvirt   | commit by the monitor
+    origin, off   | -                       | ended since; data tells   | keep what has data
+    """
+    try:
+        # Waits for the end of a switch that a client, killed meanwhile, has begun.
+        with contextlib.suppress(StorageFailed):
+            hypervisor.capacity(layer.domain, disk)
+        domain = hypervisor.read(layer.domain)
+    except NoSuchDomain:
+        _refuse_if_written(layer, "the domain was undefined")
+        return
+    live = domain.disk(disk)
+    path = live.path if live is not None else ""
+    if path == layer.path:
+        _commit(hypervisor, layer, disk, Unwatched())
+    elif path == layer.origin and domain.active:
+        if not in_order:
+            _settle_nodes(hypervisor, layer, disk)
+        _define_origin(hypervisor, layer, disk)
+    elif path == layer.origin:
+        if overlay.written(layer.path):
+            # QEMU had switched, and ended before libvirt knew: those writes are the guest's.
+            log.error(
+                "domain %s wrote to %s unknown to libvirt; its definition now says so",
+                layer.domain,
+                layer.path,
+            )
+            hypervisor.redefine_disk(layer.domain, disk, layer.path, "file", "qcow2")
+            raise Kept("The domain had switched to the overlay, which is kept.")
+    else:
+        _refuse_if_written(layer, f"disk {disk} has another image now")
+
+
+def _settle_nodes(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
+    locked = hypervisor.locked(layer.path, "qcow2")
+    if locked and not hypervisor.locked(layer.origin, layer.origin_format):
+        log.warning("QEMU writes to the overlay of disk %s unknown to libvirt", disk)
+        hypervisor.commit_behind(layer.domain, layer.path, _MEND_LIMIT_S)
+    else:
+        _refuse_if_written(layer, "the domain runs on its base")
+        hypervisor.drop_nodes(layer.domain, layer.path)
+
+
+def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
+    """Refuse a delete that can't be done, or that somebody would suffer from. See Method."""
+    domain = hypervisor.read(layer.domain)
+    if in_use(domain, layer, disk) is None:
+        raise InvalidState(
+            f"The overlay of the snapshot is not in the chain of disk {disk} any more; somebody "
+            "has changed it."
+        )
+    if not domain.active and hypervisor.managed_save(layer.domain):
+        raise InvalidState(
+            "The domain has a managed save image, which would go on with the old chain; start it "
+            "or remove the image with 'virsh managedsave-remove'."
+        )
+    job = hypervisor.running_job(layer.domain, disk)
+    if job:
+        raise Busy(f"{job[:1].upper()}{job[1:]}; wait for its end.")
+    for path in (layer.origin, layer.path):
+        user = hypervisor.user_of(path, layer.domain, disk)
+        if user:
+            raise Busy(f"An image of disk {disk} is also used by {user}.")
+        reader = storage.reader_of(path, layer.domain)
+        if reader:
+            raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
+    if layer.origin_type == "file":
+        _check_space(layer)
+
+
+def _check_space(layer: Layer) -> None:
+    needed = os.stat(layer.path).st_blocks * 512 + _MARGIN
+    available = storage.space_available(os.path.dirname(layer.origin))
+    if available < needed:
+        raise NoSpace(
+            f"The snapshot's file system has {available} bytes left, and the delete may need "
+            f"{needed}; make room first."
+        )
+
+
+def delete(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> None:
+    """Commit the overlay of a snapshot that stands, and unlink it once nobody uses it."""
+    _commit(hypervisor, layer, disk, watch)
+    if storage.file_id(layer.path) == layer.inode:
+        if hypervisor.locked(layer.path, "qcow2"):
+            raise Busy("The overlay is still open for writing; its removal is tried again.")
+        _unlink(hypervisor, layer, os.path.basename(layer.path))
+
+
+def in_use(domain: Domain, layer: Layer, disk: str) -> Disk | None:
+    """The disk, if the overlay is its image or in its chain."""
+    if layer.inode is None:
+        return None
+    found = domain.disk(disk)
+    if found is None:
+        return None
+    chain = {storage.file_id(path) for path in (found.path, *storage.backing_chain(found.path))}
+    return found if layer.inode in chain else None
+
+
+def _commit(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> None:
+    """Commit the overlay into its origin until it is in no chain of the domain's disk.
+
+    The domain may be started or stopped in between, so what it uses is looked at again after each
+    attempt.
+    """
+    for _ in range(_ROUNDS):
+        domain = hypervisor.read(layer.domain)
+        found = in_use(domain, layer, disk)
+        if found is None:
+            break
+        if domain.active:
+            top = "" if found.path == layer.path else layer.path
+            hypervisor.commit(layer.domain, disk, layer.origin, top, watch)
+        else:
+            _commit_off(hypervisor, layer, found, watch)
+    else:
+        raise StorageFailed(f"The overlay of disk {disk} could not be committed.")
+    _define_origin(hypervisor, layer, disk)
+
+
+def _commit_off(hypervisor: Hypervisor, layer: Layer, disk: Disk, watch: Watch) -> None:
+    """Commit while the domain is off: libvirt has no call for it.
+
+    qemu-img locks the images, so the domain can't start meanwhile (qemu-img(1), QEMU's image
+    locks); one that starts right after it runs on the overlay, whose contents are the same.
+    """
+    watch.past_return()
+    limit = 60 + os.stat(layer.path).st_blocks * 512 / _SLOWEST_BYTES_S
+    above = _above(layer, disk)
+    try:
+        command.run(["qemu-img", "commit", "-q", "-d", "-f", "qcow2", layer.path], timeout=limit)
+        if above:
+            command.run(
+                [
+                    *("qemu-img", "rebase", "-q", "-u", "-f", "qcow2"),
+                    *("-b", layer.origin, "-F", layer.origin_format, above),
+                ],
+                timeout=60,
+            )
+    except command.CommandError as error:
+        raise StorageFailed(f"{error}.") from error
+    if above:
+        # An explicit <backingStore> in the definition would no longer be true.
+        hypervisor.redefine_disk(layer.domain, disk.target, disk.path, disk.type, disk.format)
+    else:
+        _define_origin(hypervisor, layer, disk.target)
+
+
+def _above(layer: Layer, disk: Disk) -> str:
+    """The image whose backing file is the overlay; '' if the overlay is the active one."""
+    chain = [disk.path, *storage.backing_chain(disk.path)]
+    for above, below in itertools.pairwise(chain):
+        if storage.file_id(below) == layer.inode:
+            return above
+    return ""
+
+
+def _define_origin(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
+    """Let the definition say the origin where it says the overlay."""
+    domain = hypervisor.read(layer.domain)
+    disks = domain.persistent_disks if domain.active else domain.disks
+    persistent = next((d for d in disks if d.target == disk), None)
+    if persistent is not None and persistent.path == layer.path:
+        hypervisor.redefine_disk(
+            layer.domain, disk, layer.origin, layer.origin_type, layer.origin_format
+        )
+
+
+def _refuse_if_written(layer: Layer, why: str) -> None:
+    if overlay.written(layer.path):
+        raise StorageFailed(
+            f"The overlay {layer.path} holds data and {why}; look at both before removing it."
+        )
+
+
+def open_folder(hypervisor: Hypervisor, folder: str) -> contextlib.AbstractContextManager[int]:
+    """A descriptor of a folder in which only root and QEMU's user can write, or a refusal."""
+    uid, gid = hypervisor.qemu_user()
+    return storage.open_folder(folder, {0, uid}, {0, gid})
+
+
+def _unlink(hypervisor: Hypervisor, layer: Layer, name: str) -> bool:
+    try:
+        with open_folder(hypervisor, os.path.dirname(layer.path)) as fd:
+            os.unlink(name, dir_fd=fd)
+            os.fsync(fd)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageFailed(f"{layer.path} can't be removed: {error.strerror}.") from error
+    log.info("removed %s", name)
+    return True
