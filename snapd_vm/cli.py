@@ -11,7 +11,8 @@ import asyncio
 import os
 import sys
 
-from snapd_vm import __version__, cli_text
+from snapd_vm import __version__
+from snapd_vm.cli_outcome import Ended, UsageError, complain
 
 # The contract's numbers, repeated here as the client imports nothing of the daemon's.
 QUIESCE_REQUIRED = 1
@@ -47,8 +48,19 @@ def parser() -> argparse.ArgumentParser:
         )
         _add_quiesce(sub)
         _add_json(sub)
-    sub = command("list", "list snapshots")
+    sub = command("list", "list snapshots by domain and disk")
     sub.add_argument("domain", metavar="DOMAIN", nargs="?", help="only those of this domain")
+    _add_json(sub)
+    sub = command("delete", "delete snapshots; what the disks hold now stays as it is")
+    sub.add_argument(
+        "snapshots",
+        metavar="SNAPSHOT",
+        nargs="+",
+        help="DOMAIN/DISK/NAME as 'list' shows it, or the snapshot's UUID or object path",
+    )
+    sub.add_argument(
+        "--no-wait", action="store_true", help="return as soon as the service has begun"
+    )
     _add_json(sub)
     sub = command("disks", "list a domain's disks and the method that create would use for each")
     sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
@@ -64,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     # For the shell completion; without a help it is not listed, and it is no promise.
     sub = commands.add_parser("complete")
-    sub.add_argument("what", choices=("domains", "disks"))
+    sub.add_argument("what", choices=("domains", "disks", "snapshots"))
     sub.add_argument("domain", nargs="?", default="")
     return top
 
@@ -88,28 +100,28 @@ def run(options: argparse.Namespace) -> int:
     """Runs a client's command as parsed; returns the exit status (0, 1, 2, 130)."""
     from snapd_vm import cli_commands
     from snapd_vm.cli_bus import CallError
+    from snapd_vm.cli_job import GOES_ON
 
     try:
-        sys.stdout.write(asyncio.run(cli_commands.run(options)))
+        try:
+            text, status = asyncio.run(cli_commands.run(options)), 0
+        except Ended as ended:
+            text, status = ended.text, ended.status
+        sys.stdout.write(text)
         sys.stdout.flush()
-    except cli_commands.UsageError as error:
-        return _complain(str(error), 2)
+        return status
+    except UsageError as error:
+        complain(str(error))
+        return 2
     except CallError as error:
         # Completion has no place for a message: it completes nothing.
-        return 1 if options.command == "complete" else _complain(str(error), 1)
+        if options.command != "complete":
+            complain(str(error))
+        return 1
     except KeyboardInterrupt:
-        if options.command != "create":
-            return _complain("Interrupted.", 130)
-        return _complain(
-            "Interrupted; the service goes on with what it began: see 'snapd-vm list'.", 130
-        )
+        complain(GOES_ON if options.command in ("create", "delete") else "Interrupted.")
+        return 130
     except BrokenPipeError:
         # Whoever read our output has enough; Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
-
-
-def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"snapd-vm: error: {cli_text.printable(message)}\n")
-    return status

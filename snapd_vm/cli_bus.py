@@ -7,8 +7,9 @@ nothing, and has no behaviour of the daemon's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from dbus_next.aio.message_bus import MessageBus
@@ -24,6 +25,8 @@ ROOT = "/org/example/DiskSnapshot"
 MANAGER = SERVICE + ".Manager"
 DOMAIN = SERVICE + ".Domain"
 SNAPSHOT = SERVICE + ".Snapshot"
+JOB = SERVICE + ".Job"
+_BUS = "org.freedesktop.DBus"
 
 Objects = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """What GetManagedObjects says: path -> interface -> property -> value."""
@@ -56,6 +59,15 @@ class CallError(Exception):
     def __init__(self, message: str, name: str = "") -> None:
         super().__init__(message)
         self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A signal of the service, variants unpacked."""
+
+    path: str
+    member: str
+    body: Sequence[Any]
 
 
 @asynccontextmanager
@@ -92,6 +104,8 @@ class Service:
         """`flags` go with every call."""
         self._bus = bus
         self._flags = flags
+        self._peer = ""
+        self._subscribed = False
 
     async def call(
         self, path: str, interface: str, member: str, signature: str = "", *arguments: object
@@ -100,25 +114,61 @@ class Service:
 
         Raises CallError.
         """
+        reply = await self._call(SERVICE, path, interface, member, signature, list(arguments))
+        self._peer = str(reply.sender)
+        body: list[Any] = _plain(reply.body)
+        return body
+
+    @asynccontextmanager
+    async def listening(self, hear: Callable[[Signal], None]) -> AsyncIterator[None]:
+        """Has `hear` told of the signals of the service that has answered us last.
+
+        Raises CallError.
+        """
+
+        def handle(message: Message) -> None:
+            # Anybody may send us a signal of this name; the bus says truly who it was.
+            if message.message_type is MessageType.SIGNAL and message.sender == self._peer:
+                hear(Signal(str(message.path), str(message.member), _plain(message.body)))
+
+        self._bus.add_message_handler(handle)
+        try:
+            if not self._subscribed:
+                rule = f"type='signal',sender='{SERVICE}',path_namespace='{ROOT}'"
+                await self._call(_BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [rule])
+                self._subscribed = True
+            yield
+        finally:
+            self._bus.remove_message_handler(handle)
+
+    async def _call(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: list[object],
+    ) -> Message:
+        """The answer to a call. Raises CallError."""
         message = Message(
-            destination=SERVICE,
+            destination=destination,
             path=path,
             interface=interface,
             member=member,
             signature=signature,
-            body=list(arguments),
+            body=body,
             flags=self._flags,
         )
         try:
-            reply = await self._bus.call(message)
+            reply: Message = await self._bus.call(message)
         except (EOFError, OSError) as error:
             raise CallError(
                 "The system bus closed the connection: see the bus daemon's log."
             ) from error
         if reply.message_type is MessageType.ERROR:
-            raise _failure(reply.error_name, reply.body)
-        body: list[Any] = _plain(reply.body)
-        return body
+            raise _failure(str(reply.error_name), reply.body)
+        return reply
 
     async def find_domain(self, name_or_uuid: str) -> str:
         """The object path of a domain. Raises CallError."""

@@ -9,40 +9,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from snapd_vm import cli_bus, cli_text
+from snapd_vm import cli_bus, cli_snapshots, cli_text
 from snapd_vm.cli_bus import CallError, Service, connect
+from snapd_vm.cli_delete import delete
+from snapd_vm.cli_job import Followed
+from snapd_vm.cli_outcome import UsageError
 from snapd_vm.errors import NoSuchDomain
 
 _SNAPSHOT_ATTRIBUTE = "{https://example.org/xmlns/disk-snapshot/1}snapshot"
-_SNAPSHOT_FIELDS = {
-    "name": "Name",
-    "domain_uuid": "DomainUUID",
-    "target": "Target",
-    "method": "Method",
-    "created": "Created",
-    "state": "State",
-    "consistency": "Consistency",
-    "frozen_filesystems": "FrozenFilesystems",
-    "frozen_time": "FrozenTime",
-    "format": "Format",
-    "size": "Size",
-}
-
-
-class UsageError(Exception):
-    """What was said can't be meant: exit status 2."""
 
 
 async def run(options: argparse.Namespace) -> str:
-    """What the command prints. Raises UsageError, CallError."""
-    for value in vars(options).values():
-        if isinstance(value, str):
-            _require_text(value)
+    """What the command prints at its end. Raises UsageError, CallError, Ended."""
+    for said in vars(options).values():
+        for value in said if isinstance(said, list) else [said]:
+            if isinstance(value, str):
+                _require_text(value)
     if options.command in ("create", "plan"):
         options.method = _method_xml(options.method)
     async with connect(background=options.command == "complete") as service:
@@ -85,10 +73,12 @@ def _json(answer: object) -> str:
     return json.dumps(answer, indent=2, ensure_ascii=False) + "\n"
 
 
-async def _ask(service: Service, options: argparse.Namespace, interface: str, member: str) -> Any:
-    """Calls Create or Plan, which take the same, on the domain that the options name."""
+async def _ask(
+    service: Service, domain: str, options: argparse.Namespace, interface: str, member: str
+) -> Any:
+    """Calls Create or Plan, which take the same, on the object of a domain."""
     return await service.call(
-        await service.find_domain(options.domain),
+        domain,
         interface,
         member,
         "sssu",
@@ -100,7 +90,12 @@ async def _ask(service: Service, options: argparse.Namespace, interface: str, me
 
 
 async def _create(service: Service, options: argparse.Namespace) -> str:
-    modified_disk, backup_source = await _ask(service, options, cli_bus.SERVICE, "Create")
+    path = await service.find_domain(options.domain)
+    create = _ask(service, path, options, cli_bus.SERVICE, "Create")
+    if sys.stderr.isatty():
+        modified_disk, backup_source = await _shown(service, path, options, create)
+    else:
+        modified_disk, backup_source = await create
     source = ElementTree.fromstring(backup_source)  # noqa: S314 - the service's own answer
     path = source.get(_SNAPSHOT_ATTRIBUTE, "")
     try:
@@ -111,7 +106,7 @@ async def _create(service: Service, options: argparse.Namespace) -> str:
         snapshot, domain = {}, options.domain
     if options.json:
         answers = {"modified_disk": modified_disk, "backup_source": backup_source}
-        return _json(_record(path, snapshot, domain) | answers)
+        return _json(cli_snapshots.record(path, snapshot, domain) | answers)
     about = (
         [
             ("Snapshot", f"{snapshot['Name']} of {domain}'s {snapshot['Target']}"),
@@ -131,6 +126,19 @@ async def _create(service: Service, options: argparse.Namespace) -> str:
     )
 
 
+async def _shown(
+    service: Service, path: str, options: argparse.Namespace, create: Coroutine[Any, Any, Any]
+) -> Any:
+    """The answer of a Create, with the progress of its job on the terminal meanwhile."""
+    job = Followed("create", path, f"taking a snapshot of {options.domain}")
+    try:
+        async with service.listening(job.hear):
+            return await create
+    finally:
+        create.close()
+        job.bar.clear()
+
+
 def _consistency(snapshot: Mapping[str, Any]) -> str:
     frozen = snapshot["FrozenFilesystems"]
     if not frozen:
@@ -140,16 +148,9 @@ def _consistency(snapshot: Mapping[str, Any]) -> str:
     return f"{snapshot['Consistency']} ({systems} frozen for {time})"
 
 
-def _record(path: str, snapshot: Mapping[str, Any], domain: str) -> dict[str, Any]:
-    """A snapshot in JSON; `domain` is the domain's name, empty when the domain is gone."""
-    properties = {
-        field: snapshot[name] for field, name in _SNAPSHOT_FIELDS.items() if name in snapshot
-    }
-    return {"snapshot": path, "domain": domain, **properties}
-
-
 async def _plan(service: Service, options: argparse.Namespace) -> str:
-    (plan,) = await _ask(service, options, cli_bus.DOMAIN, "Plan")
+    path = await service.find_domain(options.domain)
+    (plan,) = await _ask(service, path, options, cli_bus.DOMAIN, "Plan")
     if options.json:
         return _json(plan)
     needed, available = plan["space_needed"], plan["space_available"]
@@ -165,53 +166,49 @@ async def _plan(service: Service, options: argparse.Namespace) -> str:
 
 
 async def _list(service: Service, options: argparse.Namespace) -> str:
-    wanted = await _domain_or_gone(service, options.domain) if options.domain else ""
-    objects = await service.objects()
-    names = {
-        path: interfaces[cli_bus.DOMAIN]["Name"]
-        for path, interfaces in objects.items()
-        if cli_bus.DOMAIN in interfaces
-    }
-    records = sorted(
-        (
-            _record(path, snapshot, names.get(snapshot["Domain"], ""))
-            for path, interfaces in objects.items()
-            if (snapshot := interfaces.get(cli_bus.SNAPSHOT))
-            and wanted in ("", snapshot["Domain"], snapshot["DomainUUID"])
-        ),
-        key=lambda record: (record["created"], record["snapshot"]),
-    )
+    wanted = await _domain_uuid(service, options.domain) if options.domain else ""
+    records = [
+        record
+        for record in cli_snapshots.records(await service.objects())
+        if not wanted or record["domain_uuid"] == wanted
+    ]
     if options.json:
         return _json(records)
-    rows = [
-        (
-            # A domain that is gone has no name any more, only its UUID.
-            record["domain"] or record["domain_uuid"],
-            record["target"],
-            record["name"],
-            cli_text.moment(record["created"]),
-            record["consistency"],
-            record["state"],
-            record["method"],
-            record["format"],
-            cli_text.size(record["size"]),
+    headings = ("SNAPSHOT", "AGE", "CONSISTENCY", "STATE", "METHOD", "FORMAT", "SIZE")
+    return cli_text.table(headings, _tree(records, time.time_ns() // 1000))
+
+
+def _tree(records: Sequence[cli_snapshots.Record], now_us: int) -> Sequence[Sequence[str]]:
+    """Rows of domains, their disks and the snapshots of each, which come in this order."""
+    rows: list[Sequence[str]] = []
+    domain = disk = None
+    for record in records:
+        if domain != (domain := cli_snapshots.domain(record)):
+            rows.append((domain, *[""] * 6))
+            disk = None
+        if disk != (disk := record["target"]):
+            rows.append((f"  {disk}", *[""] * 6))
+        rows.append(
+            (
+                f"    {cli_snapshots.word(record)}",
+                cli_text.age(now_us - record["created"]),
+                record["consistency"],
+                record["state"],
+                record["method"],
+                record["format"],
+                cli_text.size(record["size"]),
+            )
         )
-        for record in records
-    ]
-    headings = ("DOMAIN", "DISK", "NAME", "CREATED", "CONSISTENCY", "STATE", "METHOD", "FORMAT")
-    return cli_text.table((*headings, "SIZE"), rows)
+    return rows
 
 
-async def _domain_or_gone(service: Service, domain: str) -> str:
-    """The domain's path, or its UUID if snapshots are all that is left of it."""
+async def _domain_uuid(service: Service, domain: str) -> str:
+    """The UUID of a domain, also of one that snapshots are all that is left of."""
     try:
-        return await service.find_domain(domain)
+        path = await service.find_domain(domain)
+        return path.rpartition("/_")[2].replace("_", "-")
     except CallError as error:
-        left = {
-            interfaces[cli_bus.SNAPSHOT]["DomainUUID"]
-            for interfaces in (await service.objects()).values()
-            if cli_bus.SNAPSHOT in interfaces
-        }
+        left = {r["domain_uuid"] for r in cli_snapshots.records(await service.objects())}
         if error.name == NoSuchDomain.dbus_name and domain.lower() in left:
             return domain.lower()
         raise
@@ -259,6 +256,8 @@ async def _complete(service: Service, options: argparse.Namespace) -> str:
         domain = await service.find_domain(options.domain)
         (disks,) = await service.call(domain, cli_bus.DOMAIN, "Disks")
         words = [disk["target"] for disk in disks]
+    elif options.what == "snapshots":
+        words = [cli_snapshots.word(r) for r in cli_snapshots.records(await service.objects())]
     else:
         words = [
             interfaces[cli_bus.DOMAIN]["Name"]
@@ -272,6 +271,7 @@ _COMMANDS: Mapping[str, Callable[[Service, argparse.Namespace], Awaitable[str]]]
     "create": _create,
     "plan": _plan,
     "list": _list,
+    "delete": delete,
     "disks": _disks,
     "methods": _methods,
     "complete": _complete,

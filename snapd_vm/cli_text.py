@@ -56,6 +56,26 @@ def duration(microseconds: int) -> str:
     return f"{microseconds / 1_000_000:.2f} s"
 
 
+def age(microseconds: int) -> str:
+    """How long ago something was, in its largest unit: 5 s, 12 min, 3 h, 1 day, 40 days."""
+    seconds = max(0, microseconds // 1_000_000)
+    for length, unit in ((86_400, "day"), (3600, "h"), (60, "min")):
+        if (count := seconds // length) > 0:
+            return f"{count} {unit}" + ("s" if unit == "day" and count > 1 else "")
+    return f"{seconds} s"
+
+
+def progress(label: str, fraction: float | None, total: int) -> str:
+    """How far something is, in a line; `fraction` from 0 to 1 or unknown, `total` in bytes or 0."""
+    if fraction is None:
+        return f"{label} ..."
+    fraction = min(max(fraction, 0.0), 1.0)
+    done = int(fraction * 20)
+    # Not rounded: 100 % is said of nothing that is not finished.
+    of = f" of {size(total)}" if total else ""
+    return f"{label} [{'#' * done}{'.' * (20 - done)}] {int(fraction * 100):3} %{of}"
+
+
 def moment(microseconds: int) -> str:
     """µs since the epoch as local time in ISO 8601, to the second, with the offset from UTC."""
     seconds = microseconds // 1_000_000

@@ -1,11 +1,13 @@
 """A service that answers as snapd-vm's contract says, from memory, for tests of the client alone.
 
-It runs in a thread of its own, keeps every call it gets, and can be told to fail or to stay silent.
+It runs in a thread of its own, keeps every call it gets, and can be told to fail, to stay silent, or
+to show a job that stands at half.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +29,8 @@ UUID = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 GONE_UUID = "00000000-2fa1-11d2-883f-0016d3cca427"
 DOMAIN = f"{ROOT}/domain/_{UUID.replace('-', '_')}"
 SNAPSHOT = f"{ROOT}/snapshot/_aaaa"
+OLD_SNAPSHOT = f"{ROOT}/snapshot/_bbbb"
+JOB = f"{ROOT}/job/1"
 CREATED = 1_700_000_000_123_456
 SOURCE = (
     '<source xmlns:ds="https://example.org/xmlns/disk-snapshot/1" file="/srv/web.qcow2" '
@@ -60,12 +64,19 @@ def disk(**values: str) -> dict[str, Variant]:
 
 @dataclass
 class FakeService:
-    """The service; use it as a context. `fail` maps a member to (error name, message)."""
+    """The service; use it as a context. `fail` maps a member to (error name, message).
+
+    A call of a member or path in `working` starts a job, which stays as it is until it is cancelled
+    or finished.
+    """
 
     address: str
     calls: list[Message] = field(default_factory=list)
     fail: dict[str, tuple[str, str]] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
+    working: set[str] = field(default_factory=set)
+    uncancelable: bool = False
+    under_way: list[Message] = field(default_factory=list)
     domain_name: str = "web"
     domain_gone: bool = False
     plan_warnings: list[str] = field(default_factory=lambda: ["No UEFI variables are in it."])
@@ -105,13 +116,72 @@ class FakeService:
         self.calls.append(message)
         if message.member in self.silent:
             return True
-        if message.member in self.fail:
-            return Message.new_error(message, *self.fail[message.member])
+        for key in (message.member, message.path):
+            if key in self.fail:
+                return Message.new_error(message, *self.fail[key])
+        if message.member in self.working:
+            self._begin(message)
+            return True
         answer = self._methods().get(str(message.member))
         if answer is None:
             unknown = "org.freedesktop.DBus.Error.UnknownMethod"
             return Message.new_error(message, unknown, f"No method {message.member}.")
         return answer(message)
+
+    def _begin(self, call: Message) -> None:
+        """Keeps the call, and tells of its job; before that, of two that are others'."""
+        self.under_way.append(call)
+        mine = {
+            "Operation": Variant("s", str(call.member).lower()),
+            "Objects": Variant("ao", [call.path]),
+            "StartedByUID": Variant("u", os.geteuid()),
+            "Progress": Variant("d", 0.0),
+            "ProgressValid": Variant("b", False),
+            "Bytes": Variant("t", 3 << 29),
+        }
+        somebody_elses = mine | {"StartedByUID": Variant("u", 4242)}
+        of_something_else = mine | {"Objects": Variant("ao", [ROOT])}
+        for number, job in ((8, somebody_elses), (9, of_something_else), (1, mine)):
+            body = [f"{ROOT}/job/{number}", {NAME + ".Job": job}]
+            interface = "org.freedesktop.DBus.ObjectManager"
+            self._signal(ROOT, interface, "InterfacesAdded", "oa{sa{sv}}", body)
+        for number, progress in ((8, 0.75), (1, 0.5)):
+            changed = {"Progress": Variant("d", progress), "ProgressValid": Variant("b", True)}
+            body = [NAME + ".Job", changed, []]
+            interface = "org.freedesktop.DBus.Properties"
+            path = f"{ROOT}/job/{number}"
+            self._signal(path, interface, "PropertiesChanged", "sa{sv}as", body)
+
+    def _signal(self, path: str, interface: str, member: str, types: str, body: list[Any]) -> None:
+        self._bus.send(
+            Message(
+                message_type=MessageType.SIGNAL,
+                path=path,
+                interface=interface,
+                member=member,
+                signature=types,
+                body=body,
+            )
+        )
+
+    def finish(self) -> None:
+        """Answers what is under way, as done."""
+
+        def answer() -> None:
+            while self.under_way:
+                call = self.under_way.pop()
+                self._bus.send(self._methods()[str(call.member)](call))
+
+        self._loop.call_soon_threadsafe(answer)
+
+    def _cancel(self, call: Message) -> Message:
+        if self.uncancelable:
+            text = "The disk is being switched: wait for its end."
+            return Message.new_error(call, ERROR + "InvalidState", text)
+        while self.under_way:
+            text = "The call was cancelled, and what it had done is undone."
+            self._bus.send(Message.new_error(self.under_way.pop(), ERROR + "Cancelled", text))
+        return Message.new_method_return(call, "", [])
 
     def _methods(self) -> dict[str, Callable[[Message], Message]]:
         def reply(signature: str, *values: Any) -> Callable[[Message], Message]:
@@ -147,13 +217,22 @@ class FakeService:
         }
         return {
             "Create": reply("ss", MODIFIED, SOURCE),
+            "Delete": reply("s", MODIFIED),
+            "Cancel": self._cancel,
             "Plan": reply("a{sv}", plan),
             "Disks": reply("aa{sv}", disks),
             "FindDomain": self._find_domain,
             "GetAll": self._get_all,
             "GetManagedObjects": reply("a{oa{sa{sv}}}", self._objects()),
-            "Introspect": reply("s", CONTRACT),
+            "Introspect": self._introspect,
         }
+
+    def _introspect(self, call: Message) -> Message:
+        below = {p.removeprefix(f"{call.path}/") for p in self._objects()}
+        names = sorted({path.partition("/")[0] for path in below if not path.startswith("/")})
+        nodes = "".join(f'<node name="{name}"/>' for name in names)
+        text = CONTRACT.replace("</node>", nodes + "</node>")
+        return Message.new_method_return(call, "s", [text])
 
     def _find_domain(self, call: Message) -> Message:
         if call.body[0] in (self.domain_name, UUID) and not self.domain_gone:
@@ -185,7 +264,7 @@ class FakeService:
         }
         snapshots = {
             SNAPSHOT: {NAME + ".Snapshot": snapshot_properties()},
-            f"{ROOT}/snapshot/_bbbb": {NAME + ".Snapshot": snapshot_properties(**gone)},
+            OLD_SNAPSHOT: {NAME + ".Snapshot": snapshot_properties(**gone)},
         }
         return ({} if self.domain_gone else domains) | snapshots
 

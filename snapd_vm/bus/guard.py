@@ -21,6 +21,7 @@ from snapd_vm.bus.calls import (
     Guarded,
     Open,
     Owned,
+    Ownership,
     Prepared,
     PreparedJob,
     method_table,
@@ -174,38 +175,39 @@ class Guard:
     async def _serve(
         self, running: Running, method: Guarded | Owned, node: Node | None, arguments: Sequence[Any]
     ) -> Sequence[object]:
+        # Prepared here and not later: what can't be understood is not worth a question.
+        if isinstance(method, Owned):
+            prepared = method.prepare(self._tree, node, *arguments)
+            allowed = self._owned(running.call, method.ownership(node), prepared)
+        else:
+            wanted = method.prepare(self._tree, node, *arguments)
+            allowed = self._guarded(running.call, method.action, wanted)
         self._watch(+1)
         try:
-            if isinstance(method, Owned):
-                run = await self._owned(running.call, method, node, arguments)
-            else:
-                run = await self._guarded(running.call, method, node, arguments)
+            run = await allowed
         finally:
             self._watch(-1)
         running.checking = False
         return await run()
 
     async def _guarded(
-        self, call: Incoming, method: Guarded, node: Node | None, arguments: Sequence[Any]
+        self, call: Incoming, action: Action, prepared: Prepared | PreparedJob
     ) -> Run:
-        prepared = method.prepare(self._tree, node, *arguments)
+        """What to run, once polkit has said yes."""
         if isinstance(prepared, Prepared):
-            await self._check(call, method.action, prepared)
+            await self._check(call, action, prepared)
             return prepared.run
         # The bus is asked who calls while polkit thinks: it costs no time of its own.
         asking = asyncio.create_task(user_of(self._connection, call.sender))
         asking.add_done_callback(_looked_at)
         try:
-            await self._check(call, method.action, prepared)
+            await self._check(call, action, prepared)
             return partial(prepared.start, await asking)
         finally:
             asking.cancel()
 
-    async def _owned(
-        self, call: Incoming, method: Owned, node: Node | None, arguments: Sequence[Any]
-    ) -> Run:
-        prepared = method.prepare(self._tree, node, *arguments)
-        ownership = method.ownership(node)
+    async def _owned(self, call: Incoming, ownership: Ownership, prepared: Prepared) -> Run:
+        """What to run, for the owner at once, for others once polkit has said yes."""
         if await user_of(self._connection, call.sender) != ownership.uid:
             await self._check(call, ownership.action, prepared)
         return prepared.run

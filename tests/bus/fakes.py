@@ -15,6 +15,7 @@ from dbus_next.signature import Variant
 from snapd_vm.bus.polkit import INTERFACE, NAME
 from snapd_vm.engine import select
 from snapd_vm.engine.service import Listener
+from snapd_vm.errors import InvalidState
 from snapd_vm.model import (
     AgentChannel,
     Consistency,
@@ -22,11 +23,14 @@ from snapd_vm.model import (
     DiskReport,
     Domain,
     Found,
+    Job,
     Plan,
     Request,
     Snapshot,
     SnapshotState,
     Target,
+    domain_path,
+    snapshot_path,
 )
 
 
@@ -85,6 +89,23 @@ def make_snapshot(number: int = 1, domain: int = 1, **changes: Any) -> Snapshot:
     return replace(snapshot, **changes)
 
 
+def make_job(number: int = 1, **changes: Any) -> Job:
+    """A job of uid 4242 that deletes the first snapshot."""
+    job = Job(
+        number=number,
+        operation="delete",
+        domain_uuid=uuid(1),
+        disk="vda",
+        name="label1",
+        start_us=1_700_000_000_000_000,
+        objects=(snapshot_path(uuid(1001)), domain_path(uuid(1))),
+        uid=4242,
+        cancelable=True,
+        bytes=1 << 33,
+    )
+    return replace(job, **changes)
+
+
 class FakeEngine:
     """The engine behind the seam, in memory. `work` is awaited in the place of the real work."""
 
@@ -95,6 +116,8 @@ class FakeEngine:
         self.connected = True
         self.domains: dict[str, Domain] = {uuid(n): make_domain(n) for n in range(1, domains + 1)}
         self.snapshots: dict[str, Snapshot] = {}
+        self.jobs: dict[int, Job] = {}
+        self.uids: list[int] = []
         self.listeners: list[Listener] = []
         self.calls: list[tuple[str, Any]] = []
         self.work: Callable[[], Any] | None = None
@@ -109,9 +132,20 @@ class FakeEngine:
     def find(self, request: Request) -> Found:
         return select.find(self.domains, request)
 
-    async def create(self, found: Found, request: Request) -> Snapshot:
+    async def create(self, found: Found, request: Request, uid: int) -> Snapshot:
+        self.uids.append(uid)
         await self._do("create", request)
         return make_snapshot(modified_disk="<disk now='overlay'/>", backup_source="<source/>")
+
+    async def delete(self, snapshot_uuid: str, uid: int) -> str:
+        self.uids.append(uid)
+        await self._do("delete", snapshot_uuid)
+        return "<disk now='base'/>"
+
+    async def cancel(self, number: int) -> None:
+        await self._do("cancel", number)
+        if not self.jobs[number].cancelable:
+            raise InvalidState("The job has ended; look at what came of it.")
 
     async def plan(self, found: Found, request: Request) -> Plan:
         await self._do("plan", request)

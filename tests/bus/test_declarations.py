@@ -8,14 +8,32 @@ from typing import Any
 import pytest
 
 from snapd_vm.bus import objects
-from snapd_vm.bus.calls import Action, Guarded, Open, guarded, method_table, open_to_all
-from snapd_vm.bus.contract import DISK_SNAPSHOT, DOMAIN, MANAGER, Contract, Property, load_contract
+from snapd_vm.bus.calls import (
+    Action,
+    Guarded,
+    Open,
+    Owned,
+    Ownership,
+    guarded,
+    method_table,
+    open_to_all,
+    owned,
+)
+from snapd_vm.bus.contract import (
+    DISK_SNAPSHOT,
+    DOMAIN,
+    JOB,
+    MANAGER,
+    Contract,
+    Property,
+    load_contract,
+)
 from snapd_vm.bus.guard import compare
 from snapd_vm.bus.objects import METHODS
 from snapd_vm.bus.standard import STANDARD_METHODS
 from snapd_vm.bus.tree import Root, Tree
-from snapd_vm.model import Domain
-from tests.bus.fakes import FakeEngine
+from snapd_vm.model import Domain, Job
+from tests.bus.fakes import FakeEngine, make_job
 
 ALL = (*METHODS, *STANDARD_METHODS)
 
@@ -30,6 +48,18 @@ def test_a_guarded_method_needs_an_action() -> None:
     for action in (None, "", "org.example.DiskSnapshot.create"):
         with pytest.raises(TypeError, match="polkit action"):
             guarded(Root, MANAGER, "Forget", action)(nothing)  # type: ignore[arg-type]
+
+
+def test_an_owned_method_needs_an_owner_and_an_action() -> None:
+    with pytest.raises(TypeError):
+        owned(Job, JOB, "Forget")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="polkit action"):
+        owned(Job, JOB, "Forget", None)(nothing)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Ownership(0)  # type: ignore[call-arg]
+    for action in (None, "", "org.example.DiskSnapshot.create"):
+        with pytest.raises(TypeError, match="polkit action"):
+            Ownership(0, action)  # type: ignore[arg-type]
 
 
 def test_a_plain_function_is_no_method() -> None:
@@ -86,5 +116,10 @@ def test_the_actions_are_those_of_the_design() -> None:
         ("Domain", "Disks"): Action.READ,
         ("Snapshot", "GetBackupSource"): Action.READ,
         ("Snapshot", "GetModifiedDisk"): Action.READ,
+        ("Snapshot", "Delete"): Action.DELETE,
     }
+    assert [m for m in METHODS if isinstance(m, Owned)] == [objects.cancel]
+    for operation, action in (("create", Action.CREATE), ("delete", Action.DELETE)):
+        job = make_job(operation=operation, uid=7)
+        assert objects.cancel.ownership(job) == Ownership(7, action)
     assert [m for m in METHODS if isinstance(m, Open)] == [objects.find_domain]

@@ -11,16 +11,17 @@ from dbus_next.signature import Variant
 from snapd_vm.bus.contract import (
     DISK_SNAPSHOT,
     DOMAIN,
+    JOB,
     MANAGER,
     OBJECT_MANAGER,
     PEER,
     PROPERTIES,
     SNAPSHOT,
 )
-from snapd_vm.model import ROOT_PATH, AgentChannel, domain_path, snapshot_path
+from snapd_vm.model import ROOT_PATH, AgentChannel, domain_path, job_path, snapshot_path
 from tests.bus.clients import Client
 from tests.bus.conftest import VERSION
-from tests.bus.fakes import FakeEngine, StandInPolkit, make_domain, make_snapshot, uuid
+from tests.bus.fakes import FakeEngine, StandInPolkit, make_domain, make_job, make_snapshot, uuid
 
 STANDARD = "org.freedesktop.DBus.Error."
 ERROR = "org.example.DiskSnapshot.Error."
@@ -150,16 +151,19 @@ async def test_managed_objects_are_told_at_the_root_alone(
 ) -> None:
     snapshot = make_snapshot()
     engine.snapshots[snapshot.uuid] = snapshot
+    engine.jobs[3] = make_job(3)
     answer = await client.call(OBJECT_MANAGER, "GetManagedObjects")
     assert answer.signature == "a{oa{sa{sv}}}"
     assert {path: set(interfaces) for path, interfaces in answer.body[0].items()} == {
         domain_path(uuid(1)): {DISK_SNAPSHOT, DOMAIN},
         domain_path(uuid(2)): {DISK_SNAPSHOT, DOMAIN},
         snapshot_path(snapshot.uuid): {SNAPSHOT},
+        job_path(3): {JOB},
     }
     assert answer.body[0][domain_path(uuid(2))][DOMAIN]["Name"] == Variant("s", "vm2")
     engine.domains = {uuid(2): make_domain(2, name="renamed"), uuid(3): make_domain(3)}
     engine.snapshots = {}
+    engine.jobs = {}
     answer = await client.call(OBJECT_MANAGER, "GetManagedObjects")
     assert {path: i[DOMAIN]["Name"].value for path, i in answer.body[0].items()} == {
         domain_path(uuid(2)): "renamed",

@@ -124,7 +124,7 @@ async def test_raw_bases_too(api: Api, lab: Lab) -> None:
 
 async def test_a_source_that_is_being_read_is_refused(api: Api, own: Guest) -> None:
     (created,) = await chain_of(api, own, 1)
-    with open(created.file, "rb"), subprocess.Popen(["sleep", "60"], stdin=open(created.file)) as p:
+    with open(created.file, "rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as p:
         with pytest.raises(ApiError) as error:
             await delete(api, created)
         assert error.value.name == "Busy"
