@@ -33,6 +33,9 @@ async def run(options: argparse.Namespace) -> str:
                 _require_text(value)
     if options.command in ("create", "plan"):
         options.method = _method_xml(options.method)
+    if options.command == "delete":
+        for said in options.snapshots:
+            cli_snapshots.require_form(said)
     async with connect(background=options.command == "complete") as service:
         return await _COMMANDS[options.command](service, options)
 

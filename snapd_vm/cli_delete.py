@@ -20,10 +20,8 @@ from snapd_vm.cli_outcome import Ended, complain
 async def delete(service: Service, options: argparse.Namespace) -> str:
     """Deletes the snapshots that the options name; the answer in JSON, if that is wanted.
 
-    Raises UsageError before anything is done; Ended if one failed, or at an interrupt.
+    Raises CallError before anything is done; Ended if one failed, or at an interrupt.
     """
-    for said in options.snapshots:
-        cli_snapshots.require_form(said)
     known = cli_snapshots.records(await service.objects())
     answers: list[dict[str, Any]] = []
     status = 0

@@ -1,7 +1,7 @@
 """A service that answers as snapd-vm's contract says, from memory, for tests of the client alone.
 
-It runs in a thread of its own, keeps every call it gets, and can be told to fail, to stay silent, or
-to show a job that stands at half.
+It runs in a thread of its own, keeps every call it gets, and can be told to fail, to stay silent,
+or to show a job that stands at half.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class FakeService:
     under_way: list[Message] = field(default_factory=list)
     domain_name: str = "web"
     domain_gone: bool = False
+    more: dict[str, dict[str, Any]] = field(default_factory=dict)
     plan_warnings: list[str] = field(default_factory=lambda: ["No UEFI variables are in it."])
 
     def __enter__(self) -> FakeService:
@@ -241,11 +242,11 @@ class FakeService:
         return Message.new_error(call, ERROR + "NoSuchDomain", text)
 
     def _get_all(self, call: Message) -> Message:
-        values = {
+        values: dict[str, Any] = {
             NAME + ".Manager": {"Methods": Variant("as", ["qemu"])},
             NAME + ".Domain": self._domain(),
             NAME + ".Snapshot": snapshot_properties(),
-        }[call.body[0]]
+        }.get(call.body[0], {})
         return Message.new_method_return(call, "a{sv}", [values])
 
     def _domain(self) -> dict[str, Variant]:
@@ -266,6 +267,10 @@ class FakeService:
             SNAPSHOT: {NAME + ".Snapshot": snapshot_properties()},
             OLD_SNAPSHOT: {NAME + ".Snapshot": snapshot_properties(**gone)},
         }
+        for path, changes in self.more.items():
+            properties = snapshot_properties()
+            changed = {name: Variant(properties[name].signature, changes[name]) for name in changes}
+            snapshots[path] = {NAME + ".Snapshot": properties | changed}
         return ({} if self.domain_gone else domains) | snapshots
 
     def last(self, member: str) -> Message:

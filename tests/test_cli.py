@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.fake_service import (
     UUID,
     FakeService,
 )
+from tests.fake_service import ROOT as ROOT_PATH
 from tests.lab import Lab
 
 ROOT = Path(__file__).parent.parent
@@ -170,17 +172,50 @@ def test_disks_are_a_table(bus: str, service: FakeService) -> None:
     assert [(disk["target"], disk["method"]) for disk in disks] == [("vda", "qemu"), ("sda", "")]
 
 
-def test_list_is_a_table_from_the_oldest_on(bus: str, service: FakeService) -> None:
-    head, *rows = [line.split() for line in done(snapd_vm(bus, "list")).splitlines()]
-    assert head == (
-        ["DOMAIN", "DISK", "NAME", "CREATED", "CONSISTENCY", "STATE", "METHOD", "FORMAT", "SIZE"]
-    )
-    time = ["22:13:20+00:00"]
-    last = ["ready", "qemu", "qcow2", "1.5", "GiB"]
-    assert rows == [
-        [GONE_UUID, "vda", "old", "2023-11-13", *time, "crash", *last],
-        ["web", "vda", "nightly", "2023-11-14", *time, "quiesced", *last],
+def test_list_is_a_tree_of_domains_disks_and_snapshots_from_the_oldest_on(
+    bus: str, service: FakeService
+) -> None:
+    service.more = {
+        f"{ROOT_PATH}/snapshot/_cccc": {"Name": "first", "Created": CREATED - 1},
+        f"{ROOT_PATH}/snapshot/_dddd": {"Name": "other", "Target": "vdb"},
+    }
+    lines = done(snapd_vm(bus, "list")).splitlines()
+    lines = [re.sub(r"\d\d+ days", "AGE", line) for line in lines]
+    last = ["AGE", "quiesced", "ready", "qemu", "qcow2", "1.5", "GiB"]
+    assert [line.split() for line in lines] == [
+        ["SNAPSHOT", "AGE", "CONSISTENCY", "STATE", "METHOD", "FORMAT", "SIZE"],
+        [GONE_UUID],
+        ["vda"],
+        [f"{GONE_UUID}/vda/old", "AGE", "crash", *last[2:]],
+        ["web"],
+        ["vda"],
+        ["web/vda/first", *last],
+        ["web/vda/nightly", *last],
+        ["vdb"],
+        ["web/vdb/other", *last],
     ]
+    assert [len(line) - len(line.lstrip()) for line in lines] == [0, 0, 2, 4, 0, 2, 4, 4, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(-5, "0 s"), (59, "59 s"), (60, "1 min"), (7199, "1 h"), (90_000, "1 day"), (9**7, "55 days")],
+)
+def test_ages_for_a_person(seconds: int, shown: str) -> None:
+    assert cli_text.age(seconds * 1_000_000) == shown
+
+
+@pytest.mark.parametrize(
+    ("fraction", "total", "shown"),
+    [
+        (None, 5, "x ..."),
+        (0.0, 0, "x [....................]   0 %"),
+        (0.999, 1 << 30, "x [###################.]  99 % of 1 GiB"),
+        (7.0, 0, "x [####################] 100 %"),
+    ],
+)
+def test_progress_for_a_person(fraction: float | None, total: int, shown: str) -> None:
+    assert cli_text.progress("x", fraction, total) == shown
 
 
 def test_list_of_one_domain_by_name_and_of_a_gone_one_by_uuid(
@@ -267,7 +302,7 @@ def test_an_interrupt_says_what_goes_on(
     "arguments",
     [
         [],
-        ["delete", "web"],
+        ["delete"],
         ["create", "web"],
         ["create", "web", "vda", "--quiesce-required", "--no-quiesce"],
         ["create", "web", "vda", "--quiesce"],
@@ -313,8 +348,8 @@ def test_the_client_starts_without_libvirt_and_the_daemon() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    parts = ("__main__", "cli", "cli_bus", "cli_commands", "cli_text", "errors")
-    assert shown.strip() == str([f"snapd_vm.{part}" for part in parts])
+    client = {f"snapd_vm.{file.stem}" for file in (ROOT / "snapd_vm").glob("cli*.py")}
+    assert shown.strip() == str(sorted(client | {"snapd_vm.__main__", "snapd_vm.errors"}))
 
 
 def complete(bus: str, tmp_path: Path, *words: str) -> list[str]:
@@ -343,7 +378,8 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
         return complete(bus, tmp_path, *words)
 
     assert offered("cr") == ["create"]
-    assert set(offered("")) >= {"create", "plan", "list", "disks", "methods", "daemon"}
+    commands = {"create", "plan", "list", "delete", "disks", "methods", "daemon"}
+    assert set(offered("")) >= commands
     assert "complete" not in offered("")
     assert offered("create", "--q") == ["--quiesce-required"]
     assert offered("create", "--method", "q") == ["qemu"]
@@ -351,6 +387,10 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert offered("create", "--name", "n", "w") == ["web"]
     assert offered("create", "--json", "web", "v") == ["vda"]
     assert offered("list", "--json", "") == ["web"]
+    assert offered("delete", "--no") == ["--no-wait"]
+    assert offered("delete", "w") == ["web/vda/nightly"]
+    both = [f"{GONE_UUID}/vda/old", "web/vda/nightly"]
+    assert offered("delete", "--no-wait", "web/vda/nightly", "") == both
     assert offered("create", "web", "vda", "") == [""]
 
 

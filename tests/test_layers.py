@@ -23,9 +23,8 @@ ALLOWED["methods"] = ALLOWED["virt"]
 ALLOWED["engine"] = {*ALLOWED["virt"], "virt", "methods", "journald"}
 ALLOWED["bus"] = LOWEST | {"engine", "request", "safexml"}
 ALLOWED["daemon"] = {*ALLOWED, "journald"}
-ALLOWED["cli"] = ALLOWED["cli_bus"] = ALLOWED["cli_commands"] = ALLOWED["cli_text"] = {
-    *("errors", "cli", "cli_bus", "cli_commands", "cli_text")
-}
+CLIENT = {file.stem for file in ROOT.glob("cli*.py")}
+ALLOWED |= {part: {"errors"} | CLIENT for part in CLIENT}
 ALLOWED["__main__"] = {"errors", "cli", "daemon"}
 ONE_PLACE = {"libvirt": "virt", "libvirt_qemu": "virt", "subprocess": "command"}
 

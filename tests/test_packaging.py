@@ -191,7 +191,7 @@ def bus() -> Iterator[str]:
 def readme_examples() -> str:
     """The examples of the README that say of themselves that they are tested, in their order."""
     blocks = re.findall(r"<!-- tested -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     return "".join(blocks)
 
 
@@ -208,6 +208,7 @@ def test_the_examples_of_the_readme_are_calls_that_a_service_gets(bus: str) -> N
                 0,
             ],
         ]
+        assert [call.body for call in service.calls if call.member == "Delete"] == [[0]]
         assert {"Disks", "Plan", "FindDomain", "GetManagedObjects"} <= {
             str(call.member) for call in service.calls
         }
@@ -259,7 +260,7 @@ def test_confined_as_the_unit_says_the_installed_daemon_makes_a_quiesced_snapsho
     assert (answer["consistency"], answer["domain"]) == ("quiesced", guest.name)
     guest.writes_go_on()
     listed = lab.as_user(None, [command, "list", guest.uuid]).stdout
-    assert listed.splitlines()[1].split()[:3] == [guest.name, "vda", "confined"]
+    assert listed.splitlines()[3].split()[0] == f"{guest.name}/vda/confined"
     refused = lab.as_user(None, [command, "create", guest.name, "vda", "--name", "confined"])
     assert refused.returncode == 1
     assert refused.stderr.startswith("snapd-vm: error: ")
@@ -268,11 +269,18 @@ def test_confined_as_the_unit_says_the_installed_daemon_makes_a_quiesced_snapsho
 
 def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:
     lab, guest, command = served
+
+    def names() -> set[str]:
+        answer = lab.as_user(None, [command, "list", "--json"])
+        return {snapshot["name"] for snapshot in json.loads(answer.stdout)}
+
+    before = names()
     examples = readme_examples().replace("web", guest.name)
     shown = lab.as_user(None, ["bash", "-euc", examples], 120)
     assert shown.returncode == 0, shown.stderr
-    answer = lab.as_user(None, [command, "list", "--json"])
-    assert {"nightly", "weekly"} <= {snapshot["name"] for snapshot in json.loads(answer.stdout)}
+    made = before | {"nightly", "weekly"}
+    assert names() < made
+    assert len(names()) == len(made) - 1
 
 
 def test_the_thaw_after_the_daemons_end_works_confined_too(

@@ -15,13 +15,22 @@ from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from snapd_vm.bus.contract import BUS_NAME, DISK_SNAPSHOT, DOMAIN, MANAGER, OBJECT_MANAGER
+from snapd_vm.bus.contract import (
+    BUS_NAME,
+    DISK_SNAPSHOT,
+    DOMAIN,
+    JOB,
+    MANAGER,
+    OBJECT_MANAGER,
+    SNAPSHOT,
+)
 from snapd_vm.bus.polkit import INTERFACE, NAME, PATH
 from snapd_vm.bus.served import DiskSnapshotBus
-from snapd_vm.model import ROOT_PATH, domain_path
+from snapd_vm.model import ROOT_PATH, domain_path, job_path, snapshot_path
 from tests.bus.clients import Client
-from tests.bus.fakes import FakeEngine, uuid
+from tests.bus.fakes import FakeEngine, make_job, make_snapshot, uuid
 from tests.lab import Lab
+from tests.lab.program import account_of
 
 ERROR = "org.example.DiskSnapshot.Error."
 ACTION = "org.example.DiskSnapshot."
@@ -131,6 +140,34 @@ async def test_who_may_create_may_not_read(lab: Lab) -> None:
     assert (await busctl(lab, "backup", *disks)).startswith("error:")
     lab.polkit.rules(rule("backup", "read"))
     assert (await busctl(lab, "backup", *disks)).startswith("aa{sv} 1 7 ")
+
+
+async def test_who_may_create_may_not_delete(lab: Lab, engine: FakeEngine) -> None:
+    engine.snapshots[make_snapshot().uuid] = make_snapshot()
+    path = snapshot_path(make_snapshot().uuid)
+    delete = ["call", BUS_NAME, path, SNAPSHOT, "Delete", "u", "0"]
+    lab.polkit.rules(rule("backup", "create"))
+    assert (await busctl(lab, "backup", *delete)).startswith("error:")
+    assert engine.calls == []
+    condition = 'action.lookup("domain") == "vm1" && action.lookup("name") == "label1"'
+    lab.polkit.rules(rule("backup", "delete", condition=condition))
+    assert (await busctl(lab, "backup", *delete)).startswith("s ")
+    assert engine.uids == [account_of("backup").pw_uid]
+
+
+async def test_a_job_is_its_starters_to_cancel_and_others_need_its_action(
+    lab: Lab, engine: FakeEngine
+) -> None:
+    engine.jobs[1] = make_job(1, uid=account_of("nobody").pw_uid)
+    cancel = ["call", BUS_NAME, job_path(1), JOB, "Cancel"]
+    assert await busctl(lab, "nobody", *cancel) == ""
+    assert (await busctl(lab, "backup", *cancel)).startswith("error:")
+    lab.polkit.rules(rule("backup", "create"))
+    assert (await busctl(lab, "backup", *cancel)).startswith("error:")
+    assert engine.calls == [("cancel", 1)]
+    lab.polkit.rules(rule("backup", "delete"))
+    assert await busctl(lab, "backup", *cancel) == ""
+    assert await busctl(lab, None, *cancel) == "", "root may all"
 
 
 async def test_what_is_open_is_open_to_nobody(lab: Lab) -> None:

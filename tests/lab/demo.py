@@ -1,4 +1,4 @@
-"""`make demo`: a quiesced snapshot of a running guest, made over D-Bus and read, step by step.
+"""`make demo`: a quiesced snapshot of a running guest, made over D-Bus, read and deleted.
 
 Each `+` line is a command as it is run. Ends with status 0 only if everything was as promised.
 """
@@ -121,6 +121,45 @@ def demonstrate(lab: Lab, guest: Guest) -> None:
     show.title("The same by the command line")
     listed = show.run(sys.executable, "-m", "snapd_vm", "list", guest.name)
     show.promise("it is listed", "demo" in listed and "quiesced" in listed)
+
+    show.title("The snapshot deleted, while the guest writes on")
+    overlay = image_of(modified_disk)
+    delete_snapshot(show, lab, guest, path, Path(source.get("file", "")), overlay)
+
+
+def delete_snapshot(
+    show: Show, lab: Lab, guest: Guest, path: str, base: Path, overlay: Path
+) -> None:
+    """Deletes the snapshot with this object, and looks at what is left."""
+    images = ("virsh", "--connect", lab.hypervisor.uri, "domblklist", guest.name)
+    show.run(*images)
+    guest.reset()
+    began = time.monotonic()
+    (modified_disk,) = show.call(path, f"{NAME}.Snapshot", "Delete", "u", "0")
+    took = time.monotonic() - began
+    guest.writes_go_on()
+    stall = guest.longest_stall()
+    show.note(f"modified_disk, which the guest writes to now:\n{modified_disk}")
+    show.note(
+        f"the whole command took {took * 1000:.0f} ms; the longest that the guest itself saw its"
+        f" disk stand still: {stall * 1000:.0f} ms"
+    )
+    for definition in ((), ("--inactive",)):
+        used = show.run(*images, *definition)
+        show.promise("it is its first image", f" {base}\n" in used and str(overlay) not in used)
+    show.promise("the answer says so too", image_of(modified_disk) == base)
+    show.promise("the overlay's file is gone", not overlay.exists())
+    tree = show.run("busctl", "tree", "--list", NAME)
+    show.promise("and so is the snapshot's object", path not in tree.splitlines())
+    for file in ("before", "after"):
+        kept = guest.read("vda", file)
+        show.promise(f"the guest has what it wrote {file} the snapshot", f"written {file}" in kept)
+
+
+def image_of(disk: str) -> Path:
+    """The file of a `<disk>`."""
+    source = ElementTree.fromstring(disk).find("source")
+    return Path(source.get("file", "") if source is not None else "")
 
 
 def read_snapshot(show: Show, lab: Lab, guest: Guest, image: Path, image_format: str) -> None:
