@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from snapd_vm import storage
+from snapd_vm import qcow2, storage
 from snapd_vm.errors import (
     Busy,
     HypervisorUnavailable,
@@ -44,7 +44,9 @@ class Hypervisor(Protocol):
     def capacity(self, uuid: str, target: str) -> int: ...
     def managed_save(self, uuid: str) -> bool: ...
     def checkpoints(self, uuid: str) -> bool: ...
-    def switch(self, uuid: str, overlays: Mapping[str, tuple[str, str]]) -> None: ...
+    def switch(
+        self, uuid: str, overlays: Mapping[str, tuple[str, str]], others: Sequence[str]
+    ) -> None: ...
     def commit_active(self, uuid: str, target: str, base: str, timeout: float) -> None: ...
     def redefine_disk(
         self, uuid: str, target: str, path: str, disk_type: str, image_format: str
@@ -91,8 +93,12 @@ class Qemu:
             raise MethodNotSupported(
                 f"Disk {disk.target} is encrypted, and an overlay would not be."
             )
+        if "<slice" in disk.source_xml:
+            raise MethodNotSupported(
+                f"Disk {disk.target} is a slice of its image, and an overlay would be of the whole."
+            )
         persistent = next((d for d in domain.persistent_disks if d.target == disk.target), None)
-        follows = persistent is not None and persistent.path == disk.path
+        follows = persistent is not None and _same_file(persistent.path, disk.path)
         return Target(
             method=self.name,
             disk=disk.target,
@@ -104,6 +110,7 @@ class Qemu:
                 "origin_format": disk.format,
                 "persistent": follows or not domain.active,
                 "overlay": self._overlay_path(disk, request, tag),
+                "others": [d.target for d in domain.disks if d.target != disk.target],
             },
         )
 
@@ -132,10 +139,10 @@ class Qemu:
         return disk, str(target.data["origin_format"])
 
     def size(self, target: Target) -> int:
-        """The virtual size that the overlay was given."""
-        known = target.data.get("size")
-        if isinstance(known, int):
-            return known
+        """The virtual size that the overlay will have."""
+        found = _Overlay.of(target)
+        if found.instance == -1:  # libvirt can't tell of a pool's volume then
+            return storage.virtual_size(found.origin, found.origin_format)
         return self._hypervisor.capacity(str(target.data["domain"]), target.disk)
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
@@ -155,17 +162,16 @@ class Qemu:
                     )
             if storage.read_only(folder):
                 raise StorageFailed(f"The folder {folder} is read-only.")
-            size = self.size(target)
-            needed += overlay.first_size(size)
+            needed += qcow2.new_size(target.size)
             available = storage.space_available(folder)
             if available < needed + _RESERVE:
                 raise NoSpace(
                     f"The folder {folder} has {available} bytes left, and the overlay needs "
                     f"{needed + _RESERVE}; make room or name another place."
                 )
-            if available < size:
+            if available < target.size:
                 warnings.append(
-                    f"The overlay of disk {target.disk} may grow to {size} bytes, and "
+                    f"The overlay of disk {target.disk} may grow to {target.size} bytes, and "
                     f"{available} are free; the guest stops when there are none."
                 )
         return Needs(needed, available, tuple(warnings))
@@ -191,12 +197,12 @@ class Qemu:
         prepared = []
         for target in targets:
             found = _Overlay.of(target)
-            size = self.size(target)
             with self._folder(os.path.dirname(found.path)) as fd:
-                inode = overlay.make(fd, found.draft(tag), found.origin, found.origin_format, size)
+                inode = overlay.make(
+                    fd, found.draft(tag), found.origin, found.origin_format, target.size
+                )
             data: dict[str, Json] = {
                 **target.data,
-                "size": size,
                 "device": inode.device,
                 "inode": inode.inode,
             }
@@ -212,16 +218,21 @@ class Qemu:
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One libvirt snapshot for all."""
         overlays = {t.disk: (str(t.data["overlay"]), "qcow2") for t in targets}
+        others = [str(name) for t in targets for name in _names(t.data["others"])]
         self._in_order.discard(tag.uuid)
         try:
-            self._hypervisor.switch(str(targets[0].data["domain"]), overlays)
+            self._hypervisor.switch(
+                str(targets[0].data["domain"]),
+                overlays,
+                [name for name in dict.fromkeys(others) if name not in overlays],
+            )
         except HypervisorUnavailable as error:
             if not getattr(error, "lost", True):
                 self._in_order.add(tag.uuid)
             raise
         self._in_order.add(tag.uuid)
 
-    def taken(self, target: Target, tag: Tag) -> bool:
+    def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether libvirt says the overlay, live and (where it should) persistent.
 
         Where the running domain has switched and only the definition was not written, as when
@@ -229,7 +240,7 @@ class Qemu:
         """
         found = _Overlay.of(target)
         try:
-            domain = self._hypervisor.read(found.domain)
+            domain = domain or self._hypervisor.read(found.domain)
         except NoSuchDomain:
             return False
         live = domain.disk(target.disk)
@@ -237,7 +248,8 @@ class Qemu:
             return False
         if domain.active and found.persistent:
             persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
-            if persistent is not None and persistent.path == found.origin:
+            if persistent is not None and _same_file(persistent.path, found.origin):
+                # libvirt follows where both say it in the same words, and wants to be alive.
                 log.warning(
                     "the definition of domain %s lacked the overlay of disk %s; mended",
                     found.domain,
@@ -279,7 +291,7 @@ class Qemu:
                 self._hypervisor.capacity(found.domain, disk)
             domain = self._hypervisor.read(found.domain)
         except NoSuchDomain:
-            self._refuse_if_written(found, "the domain was undefined")
+            self._keep_if_written(found, "the domain is gone")
             return
         live = domain.disk(disk)
         path = live.path if live is not None else ""
@@ -287,7 +299,7 @@ class Qemu:
             self._hypervisor.commit_active(found.domain, disk, found.origin, _COMMIT_LIMIT_S)
             self._define_origin(found, disk)
         elif path == found.path:
-            self._refuse_if_written(found, "the domain has written to it")
+            self._keep_if_written(found, "the domain ended after it had switched")
             self._define_origin(found, disk)
         elif path == found.origin and domain.active:
             if not in_order:
@@ -304,7 +316,7 @@ class Qemu:
                 self._hypervisor.redefine_disk(found.domain, disk, found.path, "file", "qcow2")
                 raise Kept("The domain had switched to the overlay, which is kept.")
         else:
-            self._refuse_if_written(found, f"disk {disk} has another image now")
+            self._keep_if_written(found, f"disk {disk} has another image now")
 
     def _settle_nodes(self, found: _Overlay, disk: str) -> None:
         locked = self._hypervisor.locked(found.path, "qcow2")
@@ -331,6 +343,10 @@ class Qemu:
                 f"The overlay {found.path} holds data and {why}; look at both before removing it."
             )
 
+    def _keep_if_written(self, found: _Overlay, why: str) -> None:
+        if overlay.written(found.path):
+            raise Kept(f"The overlay holds data of the guest and is kept, as {why}.")
+
     def _unlink(self, found: _Overlay, name: str) -> bool:
         try:
             with self._folder(os.path.dirname(found.path)) as fd:
@@ -347,17 +363,34 @@ class Qemu:
         uid, gid = self._hypervisor.qemu_user()
         return storage.open_folder(folder, {0, uid}, {0, gid})
 
-    def state(self, target: Target, domain: Domain | None) -> str:
-        """See Method: the origin must be the file that it was and be nobody's active image."""
+    def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
+        """See Method: the origin is there, below the disk, and no definition's own image."""
         found = _Overlay.of(target)
-        if storage.file_id(found.origin) is None:
+        origin = storage.file_id(found.origin)
+        if origin is None:
             return "missing"
-        if domain is None or domain.disk(target.disk) is None:
+        for domain in domains.values():
+            for disk in (*domain.disks, *domain.persistent_disks):
+                if not disk.readonly and disk.path and storage.file_id(disk.path) == origin:
+                    return "failed"
+        own = domains.get(found.domain)
+        taken = own.disk(target.disk) if own is not None else None
+        if taken is None:
             return "detached"
-        disks = (*domain.disks, *domain.persistent_disks)
-        if any(d.path == found.origin and not d.readonly for d in disks):
-            return "failed"
-        return "ready"
+        if found.origin in taken.chain:  # a live domain's; of one that is off, libvirt tells none
+            return "ready"
+        below = {storage.file_id(p) for p in (*taken.chain, *storage.backing_chain(taken.path))}
+        return "ready" if origin in below else "detached"
+
+
+def _same_file(path: str, other: str) -> bool:
+    """Whether two paths, whatever they are called, are of one image."""
+    found = storage.file_id(path)
+    return path == other or (found is not None and found == storage.file_id(other))
+
+
+def _names(value: Json) -> Sequence[Json]:
+    return value if isinstance(value, list) else []
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ def user_of(
     """Who has the image at `path` in its chain besides disk `target` of domain `uuid`; '' : nobody.
 
     Looks at the definitions of all `domains`, live and persistent, and at the images in the same
-    folder and in `folders`. An image that some domain declares raw is not read: its content is the
-    guest's, and could name any file.
+    folder and in `folders`. An image in some domain's chain is read as what it is declared to be
+    there, and so not at all if that is raw: its content is the guest's, and could name any file.
     """
     wanted = storage.file_id(path)
     if wanted is None:
@@ -31,14 +31,13 @@ def user_of(
     declared: set[FileId] = set()
     for domain in domains:
         for disk in _disks(domain):
-            if domain.uuid == uuid and disk.target == target:
-                declared.update(_identities([disk.path]))
-                continue
-            chain = _chain(disk)
-            if wanted in _identities([disk.path, *chain]):
+            images = _identities([disk.path, *_chain(disk)])
+            own = domain.uuid == uuid and disk.target == target
+            if wanted in images and not own:
                 return f"disk {disk.target} of domain {domain.name}"
-            declared.update(_identities([disk.path]))
-    for image in _images([os.path.dirname(path), *folders]):
+            declared.update(images)
+    beside = [os.path.dirname(path), os.path.dirname(os.path.realpath(path))]
+    for image in _images([*beside, *folders]):
         found = storage.file_id(image)
         if found is None or found == wanted or found in declared:
             continue
