@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -18,9 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = cli.parser().parse_args(arguments)
     if options.command != "daemon":
         return cli.run(options)
+    # Nothing of what is loaded becomes garbage: looking for it takes a tenth of the start.
+    gc.disable()
     # Not at the top: the client must start without libvirt, and without the daemon's other parts.
     from snapd_vm import daemon
 
+    gc.freeze()
+    gc.enable()
     try:
         if options.thaw_held:
             return daemon.thaw_held(options.config)

@@ -70,8 +70,7 @@ async def serve(
     """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="work")
     pool = ConnectionPool(settings.uri)
-    engine: Engine
-    hypervisor = Hypervisor(pool, lambda: list(engine.domains.values()))
+    hypervisor = Hypervisor(pool)
     world = World(settings, hypervisor, methods(settings, hypervisor), journal, executor, reach)
     engine = Engine(world, settings.uri)
     stop = asyncio.Event()
@@ -84,7 +83,7 @@ async def serve(
         await engine.start(Inventory(settings.uri, pool, executor, engine), _RECOVERY_LIMIT_S)
         bus.serve(engine, __version__)
         await bus.take_name()
-    except (CallFailed, ConnectionLost, NameTaken, OSError) as error:
+    except (CallFailed, ConnectionLost, NameTaken, OSError, SnapdError) as error:
         log.critical("%s", error)
         await engine.close(0)
         return 1
@@ -125,7 +124,7 @@ def thaw_held(config_path: str | None) -> int:
         log.critical("%s", error)
         return 1
     pool = ConnectionPool(settings.uri)
-    hypervisor = Hypervisor(pool, list)
+    hypervisor = Hypervisor(pool)
     with ThreadPoolExecutor(1) as executor:
         world = World(settings, hypervisor, {}, journal, executor, lambda _step: None)
         deadline = time.monotonic() + _THAW_LIMIT_S

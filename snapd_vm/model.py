@@ -197,12 +197,14 @@ class Tag:
 class Target:
     """A disk that a method has claimed: what the method needs to act on it, as JSON.
 
-    It goes into the journal, so `data` holds nothing but JSON values.
+    It goes into the journal, so `data` holds nothing but JSON values. `size` is the disk's virtual
+    size in bytes, 0 before it was asked for.
     """
 
     method: str
     disk: str
     data: Mapping[str, Json]
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
-"""Reads the header of a qcow2 image (QEMU's docs/interop/qcow2.txt); writes and follows nothing.
+"""Reads the header of a qcow2 image, and writes a new, empty one (QEMU's docs/interop/qcow2.txt).
 
 Reading it here instead of starting `qemu-img info` lets a whole folder be looked through in a
-millisecond, and never opens the backing file that an untrusted header may name.
+millisecond, and never opens the backing file that an untrusted header may name. An overlay is its
+header and three tables; to start `qemu-img create` for that takes 15 to 35 ms of every Create.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -16,6 +18,14 @@ _BACKING_FORMAT = 0xE2792ACA
 _HEAD = struct.Struct(
     ">4sIQIIQI"
 )  # magic, version, backing offset, size, cluster bits, size, crypt
+
+
+_REST = struct.Struct(">IQQIIQ QQQII")
+"""Of the tables and snapshots the sizes and places; the features; refcount order, header length."""
+_HEADER_LENGTH = 104
+_CLUSTER = 1 << 16
+_PER_L1_ENTRY = _CLUSTER * (_CLUSTER // 8)  # bytes that one L2 table maps
+_LONGEST_NAME = 1023
 
 
 class NotQcow2(Exception):
@@ -30,6 +40,48 @@ class Header:
     backing_file: str
     backing_format: str
     encrypted: bool
+
+
+def new_size(size: int) -> int:
+    """Bytes that a new image of virtual `size` takes: header, refcount table and block, L1 table.
+
+    Most of them are a hole.
+    """
+    return (3 + _l1_clusters(size)) * _CLUSTER
+
+
+def write_new(fd: int, size: int, backing_file: str, backing_format: str) -> None:
+    """Write an empty image of virtual `size` into the empty file at `fd`; raises OSError.
+
+    `size` is a multiple of 512. What is not written is read from the backing file, which is named
+    and not looked at. Raises ValueError for a name that is too long.
+    """
+    name, kind = os.fsencode(backing_file), backing_format.encode()
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"the name of the backing file is longer than {_LONGEST_NAME} bytes")
+    extensions = struct.pack(">II", _BACKING_FORMAT, len(kind)) + kind + bytes(-len(kind) % 8)
+    extensions += struct.pack(">II", 0, 0)
+    place = _HEADER_LENGTH + len(extensions)
+    head = _HEAD.pack(_MAGIC, 3, place, len(name), _CLUSTER.bit_length() - 1, size, 0)
+    entries = _l1_entries(size)
+    tables = _REST.pack(entries, 3 * _CLUSTER, _CLUSTER, 1, 0, 0, 0, 0, 0, 4, _HEADER_LENGTH)
+    refcounts = struct.pack(">H", 1) * (3 + _l1_clusters(size))
+    os.ftruncate(fd, new_size(size))
+    for data, offset in (
+        (head + tables + extensions + name, 0),
+        (struct.pack(">Q", 2 * _CLUSTER), _CLUSTER),
+        (refcounts, 2 * _CLUSTER),
+    ):
+        if os.pwrite(fd, data, offset) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _l1_entries(size: int) -> int:
+    return -(-size // _PER_L1_ENTRY)
+
+
+def _l1_clusters(size: int) -> int:
+    return max(1, -(-_l1_entries(size) * 8 // _CLUSTER))
 
 
 def read_header(fd: int) -> Header:

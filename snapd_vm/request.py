@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 from lxml import etree
 
@@ -172,7 +172,7 @@ def _source(disk: etree._Element) -> Mapping[str, str]:
 
 @cache
 def _grammar() -> bytes:
-    return resources.files("snapd_vm").joinpath("data", "diskSnapshot.rng").read_bytes()
+    return (Path(__file__).parent / "data" / "diskSnapshot.rng").read_bytes()
 
 
 def _schema(method: str) -> etree.RelaxNG:

@@ -37,11 +37,12 @@ def file_id(path: str) -> FileId | None:
     return FileId(found.st_dev, found.st_ino)
 
 
-def backing_chain(path: str, limit: int = 64) -> Iterator[str]:
+def backing_chain(path: str, limit: int = 1024) -> Iterator[str]:
     """The local files below the qcow2 image `path`, nearest first, read from the headers.
 
-    Stops at an image that is not qcow2, can't be read, or after `limit` files. Nothing is probed
-    but the header, which a guest can't write in an image that is declared qcow2.
+    Stops at an image that is not qcow2, can't be read, or after `limit` files; and at a base that
+    the header above it declares raw, whose content is a guest's and may look like anything. A
+    guest can't write the header of an image that is declared qcow2.
     """
     for _ in range(limit):
         try:
@@ -61,6 +62,27 @@ def backing_chain(path: str, limit: int = 64) -> Iterator[str]:
         if not path:
             return
         yield path
+        if header.backing_format == "raw":
+            return
+
+
+def virtual_size(path: str, image_format: str) -> int:
+    """The size in bytes of the disk in the image at `path`, "raw" or "qcow2", as QEMU sees it.
+
+    QEMU rounds a raw file up to whole sectors of 512 bytes. Raises StorageFailed.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise StorageFailed(f"The image {path} can't be opened: {error.strerror}.") from error
+    try:
+        if image_format == "qcow2":
+            return qcow2.read_header(fd).size
+        return -(-os.lseek(fd, 0, os.SEEK_END) // 512) * 512
+    except (OSError, qcow2.NotQcow2) as error:
+        raise StorageFailed(f"The image {path} can't be read: {error}.") from error
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -348,10 +348,15 @@ class TestBackupSource:
         etree.cleanup_namespaces(source)
         assert etree.tostring(source, encoding="unicode") == read(xml).source_xml
 
-    def test_changes_in_consistency_alone(self) -> None:
+    def test_changes_in_consistency_and_snapshot_alone(self) -> None:
         quiesced = etree.tostring(self.make(RBD), encoding="unicode")
-        crash = domainxml.with_consistency(quiesced, Consistency.CRASH)
-        assert crash == quiesced.replace('"quiesced"', '"crash"') != quiesced
+        path = f"{{{NAMESPACE}}}snapshot"
+        former = etree.fromstring(quiesced).get(path) or ""
+        crash = domainxml.with_attributes(
+            quiesced, consistency=Consistency.CRASH, snapshot_path="/other"
+        )
+        expected = quiesced.replace('"quiesced"', '"crash"').replace(former, "/other")
+        assert crash == expected != quiesced
 
 
 class TestReplaceSource:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 from lxml import etree
 
@@ -130,7 +130,7 @@ class Contract:
 
 def load_contract() -> Contract:
     """Reads the contract that the package brings along."""
-    text = (resources.files("snapd_vm") / "data" / FILE).read_bytes()
+    text = (Path(__file__).parent.parent / "data" / FILE).read_bytes()
     return Contract(own=read_interfaces(text), standard=read_interfaces(STANDARD.encode()))
 
 

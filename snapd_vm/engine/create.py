@@ -1,7 +1,8 @@
-"""Create, and Plan as its first half: choose, prepare, freeze, switch, thaw, read back.
+"""Create, and Plan as its first half: choose, check, prepare, freeze, switch, thaw, read back.
 
-Blocking functions for one worker thread; the engine holds the domain's lock around them. Nothing
-here looks at the caller: that is done before.
+Blocking functions for one worker thread; the engine holds the domain's lock around them. What the
+agent is asked before the freeze is asked in a second thread, beside the checks, as under load it
+takes as long as all of them. Nothing here looks at the caller: that is done before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import time
 import uuid as uuids
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from snapd_vm.engine import freeze, select
@@ -40,22 +42,38 @@ from snapd_vm.model import (
     snapshot_path,
 )
 from snapd_vm.virt import domainxml
-from snapd_vm.virt.agent import Agent
+from snapd_vm.virt.agent import Agent, AgentError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a Create will do; nothing has been changed for it."""
+    """What a Create will do; nothing has been changed for it.
+
+    The last two, and the size of `target`, are what `check` has found out.
+    """
 
     domain: Domain
     disk: Disk
     method: Method
     target: Target
     tag: Tag
-    needs: Needs
-    floor: Consistency
+    needs: Needs = field(default_factory=Needs)
+    floor: Consistency = Consistency.CRASH
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a Create has done; the journal's last entry is not written yet.
+
+    `held`: the guest may be frozen still. `domain` is as libvirt described it afterwards.
+    """
+
+    operation: Operation
+    snapshots: Sequence[Snapshot]
+    held: bool
+    domain: Domain
 
 
 class Failed(Exception):
@@ -72,7 +90,7 @@ class Failed(Exception):
 
 
 def choose(world: World, uuid: str, request: Request, names: Collection[str]) -> Choice:
-    """Read the domain again from libvirt and check all that can be checked without a change.
+    """Read the domain again from libvirt, and find the disk and the method in that.
 
     `names` are those in use on any disk of the domain, as "target/label".
     """
@@ -83,12 +101,19 @@ def choose(world: World, uuid: str, request: Request, names: Collection[str]) ->
     disk = found.disk
     tag = _tag(domain, disk, request.name, names)
     method, target, _ = select.choose_method(world.methods, domain, disk, request, tag)
-    job = world.hypervisor.running_job(uuid, disk.target)
+    return Choice(domain, disk, method, target, tag)
+
+
+def check(world: World, choice: Choice) -> Choice:
+    """Check all that can be checked without a change; the choice with what was found out."""
+    domain, disk, method = choice.domain, choice.disk, choice.method
+    job = world.hypervisor.running_job(domain.uuid, disk.target)
     if job or disk.mirror:
         raise Busy(f"{job[:1].upper()}{job[1:]}; wait for its end." if job else "A block job runs.")
     floor = _floor(world, domain)
-    needs = method.check([target], tag)
-    return Choice(domain, disk, method, target, tag, needs, floor)
+    target = dataclasses.replace(choice.target, size=method.size(choice.target))
+    needs = method.check([target], choice.tag)
+    return dataclasses.replace(choice, target=target, needs=needs, floor=floor)
 
 
 def _tag(domain: Domain, disk: Disk, name: str, names: Collection[str]) -> Tag:
@@ -121,15 +146,12 @@ def _floor(world: World, domain: Domain) -> Consistency:
     return Consistency.CRASH
 
 
-def plan(world: World, choice: Choice, flags: Flags) -> Plan:
+def plan(world: World, uuid: str, request: Request, names: Collection[str]) -> Plan:
     """What Create would answer; pings the agent, freezes nothing. Raises what Create would."""
-    agent = world.hypervisor.agent(choice.domain)
-    try:
-        quiesce = _survey(world, agent, choice, flags)
-    finally:
-        agent.close()
+    choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
+    agent.close()
     best = Consistency.QUIESCED if quiesce is not None else choice.floor
-    draft = _draft(choice, world.methods[choice.target.method].size(choice.target), best)
+    draft = _draft(choice, best)
     warnings = list(choice.needs.warnings)
     if choice.domain.nvram:
         warnings.append("The domain's UEFI variables are not part of the snapshot.")
@@ -147,12 +169,48 @@ def plan(world: World, choice: Choice, flags: Flags) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Quiesce:
-    """Mount points to freeze; None: all."""
+    """Mount points to freeze; None: all. `former` is the agent's response timeout to put back."""
 
     mountpoints: Sequence[str] | None
+    former: int | None
 
 
-def _survey(world: World, agent: Agent, choice: Choice, flags: Flags) -> _Quiesce | None:
+def _checked(world: World, choice: Choice, flags: Flags) -> tuple[Choice, _Quiesce | None, Agent]:
+    """All that is known before the first change: the choice checked, and the agent asked.
+
+    The agent is handed back ready for a freeze, to be closed. Raises what either of them finds.
+    """
+    domain = choice.domain
+    agent = world.hypervisor.agent(domain)
+    asked: Future[_Quiesce] | None = None
+    try:
+        try:
+            if Flags.NO_QUIESCE not in flags and _can_answer(domain):
+                asked = world.executor.submit(_ask, world, agent, choice.disk.target)
+            choice = check(world, choice)
+        finally:
+            if asked is not None:  # the agent is not for two threads at a time
+                wait([asked])
+        return choice, _quiesce(choice, flags, asked), agent
+    except BaseException:
+        agent.close()
+        raise
+
+
+def _ask(world: World, agent: Agent, target: str) -> _Quiesce:
+    """What the agent says is to be frozen for this disk; it is ready to do so then."""
+    mountpoints = freeze.survey(agent, [target], world.config.agent_timeout_s)
+    try:
+        return _Quiesce(mountpoints, agent.arm(world.config.freeze_timeout_s))
+    except AgentError as error:
+        raise AgentUnavailable(f"The guest agent can't be made ready: {error}.") from error
+
+
+def _can_answer(domain: Domain) -> bool:
+    return domain.active and domain.state != "paused" and domain.agent is not None
+
+
+def _quiesce(choice: Choice, flags: Flags, asked: Future[_Quiesce] | None) -> _Quiesce | None:
     """What to freeze, or None where the guest is not quiesced; raises where that is required."""
     required = Flags.QUIESCE_REQUIRED in flags
     if Flags.NO_QUIESCE in flags:
@@ -166,10 +224,9 @@ def _survey(world: World, agent: Agent, choice: Choice, flags: Flags) -> _Quiesc
             return None
         if choice.domain.state == "paused":
             raise AgentUnavailable("The domain is paused, so its agent can't answer; resume it.")
-        if choice.domain.agent is None:
+        if asked is None:
             raise AgentUnavailable("The domain has no guest agent channel.")
-        disks = [choice.disk.target]
-        return _Quiesce(freeze.survey(agent, disks, world.config.agent_timeout_s))
+        return asked.result()
     except (AgentUnavailable, QuiesceFailed) as error:
         if required:
             raise
@@ -177,7 +234,7 @@ def _survey(world: World, agent: Agent, choice: Choice, flags: Flags) -> _Quiesc
         return None
 
 
-def _draft(choice: Choice, size: int, consistency: Consistency) -> Snapshot:
+def _draft(choice: Choice, consistency: Consistency) -> Snapshot:
     source, image_format = choice.method.source(choice.target, choice.disk)
     return Snapshot(
         uuid=choice.tag.uuid,
@@ -191,7 +248,7 @@ def _draft(choice: Choice, size: int, consistency: Consistency) -> Snapshot:
         frozen_filesystems=0,
         frozen_us=0,
         format=image_format,
-        size=size,
+        size=choice.target.size,
         backup_source=domainxml.backup_source(
             source,
             format=image_format,
@@ -203,18 +260,21 @@ def _draft(choice: Choice, size: int, consistency: Consistency) -> Snapshot:
 
 
 def take(
-    world: World, choice: Choice, flags: Flags, resumed: Callable[[], bool], watch: Watch
-) -> tuple[Operation, list[Snapshot], bool]:
-    """Do it: from the journal's first entry to the reading back, its last entry not included.
+    world: World,
+    uuid: str,
+    request: Request,
+    names: Collection[str],
+    resumed: Callable[[], bool],
+    watch: Watch,
+) -> Taken:
+    """Do it, up to the reading back; the journal's last entry is the caller's to write.
 
-    `resumed` tells whether the domain's vCPUs were started meanwhile. Returns the operation, its
-    snapshots, and whether the guest may be frozen still. Raises Failed for what has to be undone,
-    and other SnapdErrors where nothing was changed.
+    `resumed` tells whether the domain's vCPUs were started meanwhile; `names` as for `choose`.
+    Raises Failed for what has to be undone, and other SnapdErrors where nothing was changed.
     """
-    agent = world.hypervisor.agent(choice.domain)
+    choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
     try:
-        quiesce = _survey(world, agent, choice, flags)
-        return _take(world, choice, flags, agent, quiesce, resumed, watch)
+        return _take(world, choice, request.flags, agent, quiesce, resumed, watch)
     finally:
         agent.close()
 
@@ -227,19 +287,17 @@ def _take(
     quiesce: _Quiesce | None,
     resumed: Callable[[], bool],
     watch: Watch,
-) -> tuple[Operation, list[Snapshot], bool]:
+) -> Taken:
     method, tag = choice.method, choice.tag
     world.reach(Step.CHECKED)
-    draft = _draft(choice, method.size(choice.target), choice.floor)
-    operation = Operation(tag, flags, (draft,))
+    operation = Operation(tag, flags, (_draft(choice, choice.floor),))
     world.journal.begin(operation)
     held = False
     try:
         world.reach(Step.BEGUN)
         holding = None
         if quiesce is not None:
-            former = agent.arm(world.config.freeze_timeout_s)
-            holding = Held(choice.domain.uuid, choice.domain.name, former)
+            holding = Held(choice.domain.uuid, choice.domain.name, quiesce.former)
 
         def record(targets: Sequence[Target]) -> None:
             nonlocal operation
@@ -276,11 +334,16 @@ def _take(
             held = frozen.held
         if frozen.error is not None and Flags.QUIESCE_REQUIRED in flags:
             raise frozen.error
-        snapshots = [_read_back(world, choice, operation, frozen, resumed)]
+        # The agent is done with: what was set for it is put back while libvirt is read.
+        closing = world.executor.submit(agent.close)
+        try:
+            domain, snapshot = _read_back(world, choice, operation, frozen, resumed)
+        finally:
+            wait([closing])
         world.reach(Step.READ_BACK)
     except BaseException as error:
         raise Failed(error, operation, held=held) from error
-    return operation, snapshots, held
+    return Taken(operation, [snapshot], held, domain)
 
 
 def _read_back(
@@ -289,12 +352,12 @@ def _read_back(
     operation: Operation,
     frozen: freeze.Frozen,
     resumed: Callable[[], bool],
-) -> Snapshot:
-    """The snapshot as it is, from what libvirt and the storage say now."""
+) -> tuple[Domain, Snapshot]:
+    """The domain and the snapshot as they are, from what libvirt and the storage say now."""
     draft = operation.drafts[0]
-    if not choice.method.taken(draft.target, operation.tag):
-        raise HypervisorUnavailable("libvirt took the snapshot and does not show it.")
     domain = world.hypervisor.read(choice.domain.uuid)
+    if not choice.method.taken(draft.target, operation.tag, domain):
+        raise HypervisorUnavailable("libvirt took the snapshot and does not show it.")
     disk = domain.disk(choice.disk.target)
     consistency = choice.floor
     if frozen.quiesced:
@@ -302,7 +365,7 @@ def _read_back(
     same = (domain.id, domain.state) == (choice.domain.id, choice.domain.state)
     if consistency is not Consistency.QUIESCED and (resumed() or not same):
         consistency = Consistency.CRASH  # started, resumed or stopped meanwhile
-    return finish(draft, consistency, disk, choice.disk.path, frozen)
+    return domain, finish(draft, consistency, disk, choice.disk.path, frozen)
 
 
 def finish(

@@ -53,6 +53,9 @@ T = TypeVar("T")
 _AT_ONCE = 8
 """Creates at work at the same time; others wait. libvirtd serves 20 calls at a time in all, and
 each hung agent holds one of them for as long as its timeout."""
+_PLANS_AT_ONCE = 4
+"""Plans likewise, so that they hold up no Create. Each of both waits in one thread of the pool for
+another, so that all of them together must stay well below half of its size."""
 
 
 class Engine:
@@ -70,6 +73,7 @@ class Engine:
             world, self._shelf, self._jobs, self._locks, lambda: self.connected, self._refreshed
         )
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._plan_slots = asyncio.Semaphore(_PLANS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: set[asyncio.Task[Any]] = set()
         self._closing = False
@@ -144,6 +148,8 @@ class Engine:
     # -- Create and its kin ----------------------------------------------------------------------
 
     async def create(self, found: Found, request: Request, uid: int) -> Snapshot:
+        if found.domain is None:
+            self._require_connection()  # without libvirt we may know of no domain at all
         uuid = _domain_of(found)
         running = self._jobs.begin(
             "create",
@@ -177,25 +183,24 @@ class Engine:
         await self._jobs.cancel(number)
 
     async def plan(self, found: Found, request: Request) -> Plan:
-        self._require_connection()
         uuid = _domain_of(found)
-        request = _pinned(found, request)
-        world = self._world
-        choice = await world.run(create.choose, world, uuid, request, self._shelf.names(uuid))
-        return await world.run(create.plan, world, choice, request.flags)
+        return await self._shielded(self._plan(uuid, _pinned(found, request)))
 
     async def disks(self, domain_uuid: str) -> Sequence[DiskReport]:
         self._require_connection()
         return await self._world.run(self._disk_reports, domain_uuid)
 
     async def backup_source(self, snapshot_uuid: str) -> str:
-        snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
+        snapshot = self._shelf.get(snapshot_uuid)
+        await self._refreshed(snapshot.domain_uuid)
+        snapshot = await self._shelf.look(snapshot)
         if snapshot.state is SnapshotState.MISSING:
             raise StorageFailed("The snapshot's storage is gone; there is nothing to read.")
         return snapshot.backup_source
 
     async def modified_disk(self, snapshot_uuid: str) -> str:
         snapshot = self._shelf.get(snapshot_uuid)
+        await self._refreshed(snapshot.domain_uuid)
         domain = self.domains.get(snapshot.domain_uuid)
         disk = domain.disk(snapshot.target.disk) if domain is not None else None
         if not snapshot.modified_disk or disk is None:
@@ -207,28 +212,31 @@ class Engine:
         async with self._locks.hold(uuid, world.config.lock_timeout_s), self._slots:
             self._require_connection()
             self._resumed.discard(uuid)
-            choice = await world.run(create.choose, world, uuid, request, self._shelf.names(uuid))
+            before = self.domains.get(uuid)
+            names = self._shelf.names(uuid)
             try:
-                operation, snapshots, held = await world.run(
+                taken = await world.run(
                     create.take,
                     world,
-                    choice,
-                    request.flags,
+                    uuid,
+                    request,
+                    names,
                     lambda: uuid in self._resumed,
                     watch,
                 )
             except Failed as failed:
                 await self._keeper.undo(failed)
                 raise failed.error from None
+            operation, held = taken.operation, taken.held
             if held:
-                self._keeper.hold(Held(uuid, choice.domain.name, None))
+                self._keeper.hold(Held(uuid, operation.tag.domain_name, None))
             try:
-                await world.run(world.journal.end, operation, snapshots, release=not held)
+                await world.run(world.journal.end, operation, taken.snapshots, release=not held)
             except SnapdError as error:
                 await self._keeper.undo(Failed(error, operation, held=held))
                 raise
             world.reach(Step.ENDED)
-            for snapshot in snapshots:
+            for snapshot in taken.snapshots:
                 log.info(
                     "created snapshot %s of disk %s of domain %s: %s",
                     snapshot.name,
@@ -238,8 +246,19 @@ class Engine:
                     extra=fields(MessageId.CREATED, snapshot, frozen_us=snapshot.frozen_us),
                 )
                 self._shelf.add(snapshot)
-            await self._refreshed(uuid)
-            return snapshots[0]
+            # Memory is true before the caller is answered.
+            if self._inventory is None or not self._inventory.replace(before, taken.domain):
+                await self._refreshed(uuid)
+            return taken.snapshots[0]
+
+    async def _plan(self, uuid: str, request: Request) -> Plan:
+        """Under the domain's lock, as Create is: both ask the agent, with a response timeout that
+        is the domain's and not the caller's, and put back what they found."""
+        world = self._world
+        async with self._locks.hold(uuid, world.config.lock_timeout_s), self._plan_slots:
+            self._require_connection()
+            names = self._shelf.names(uuid)
+            return await world.run(create.plan, world, uuid, request, names)
 
     async def _delete(self, snapshot_uuid: str, watch: Running) -> str:
         world = self._world

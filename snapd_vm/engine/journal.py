@@ -11,11 +11,11 @@ import dataclasses
 import json
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from snapd_vm.errors import Internal, NoSpace
 from snapd_vm.model import Consistency, Flags, Snapshot, SnapshotState, Tag, Target
@@ -28,6 +28,7 @@ CREATE TABLE unclean_stop (domain TEXT PRIMARY KEY);
 PRAGMA user_version = 1;
 """
 _VERSION = 1
+T = TypeVar("T")
 
 
 class Kind(StrEnum):
@@ -175,15 +176,15 @@ class Journal:
 
     def operations(self) -> list[Operation]:
         """All that was begun and not ended."""
-        return [_operation(json.loads(row[0])) for row in self._read("SELECT data FROM operation")]
+        return self._entries("SELECT data FROM operation", _operation)
 
     def snapshots(self) -> list[Snapshot]:
         """All snapshots on record."""
-        return [_snapshot(json.loads(row[0])) for row in self._read("SELECT data FROM snapshot")]
+        return self._entries("SELECT data FROM snapshot", _snapshot)
 
     def held(self) -> list[Held]:
         """All domains that we may have frozen."""
-        return [Held(**json.loads(row[0])) for row in self._read("SELECT data FROM held")]
+        return self._entries("SELECT data FROM held", lambda row: Held(**row))
 
     def _write(self, rows: Sequence[_Row]) -> None:
         with self._lock:
@@ -198,6 +199,12 @@ class Journal:
                 if "full" in str(error):  # SQLITE_FULL: "database or disk is full"
                     raise NoSpace("There is no room for the daemon's journal.") from error
                 raise Internal(f"The journal can't be written: {error}.") from error
+
+    def _entries(self, statement: str, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+        try:
+            return [parse(json.loads(row[0])) for row in self._read(statement)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Internal(f"The journal holds an entry that makes no sense: {error}.") from error
 
     def _read(self, statement: str, *values: str) -> list[Any]:
         with self._lock:

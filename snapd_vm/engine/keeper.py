@@ -122,8 +122,11 @@ class Keeper:
                     await self._release(self._held[uuid])
         lasting = dataclasses.replace(operation, failed=True)
         if not await self._settle(lasting, keep=False):
-            await self._world.run(self._world.journal.begin, lasting)
             self._leave_open(lasting)
+            try:
+                await self._world.run(self._world.journal.begin, lasting)
+            except SnapdError as error:  # what it says of the operation has to do then
+                log.error("that it failed was not written down: %s", error)
 
     async def _settle(self, operation: Operation, *, keep: bool) -> bool:
         """Settle an operation and write its end down; whether that could be done now."""
@@ -147,6 +150,7 @@ class Keeper:
             extra=fields(MessageId.SETTLED, standing[0] if standing else operation.drafts[0]),
         )
         await self._refreshed(tag.domain_uuid)
+        await self._shelf.look_at_domain(tag.domain_uuid)  # it may have gone meanwhile
         return True
 
     async def delete(self, operation: Operation, watch: Running) -> None:

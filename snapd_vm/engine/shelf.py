@@ -38,6 +38,8 @@ class Shelf:
         self._world = world
         self._domains = domains
         self._connected = connected
+        self._looking: set[str] = set()
+        self._look_again: set[str] = set()
 
     async def load(self) -> None:
         """Take the journal's."""
@@ -84,8 +86,8 @@ class Shelf:
         method = self._world.methods.get(snapshot.target.method)
         if method is None or not self._connected():
             return snapshot
-        domain = self._domains().get(snapshot.domain_uuid)
-        state = SnapshotState(await self._world.run(method.state, snapshot.target, domain))
+        domains = dict(self._domains())
+        state = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
         current = self.snapshots.get(snapshot.uuid)
         if current is None or state is current.state or current.state in _AT_WORK:
             return current or snapshot
@@ -112,19 +114,36 @@ class Shelf:
         return new
 
     async def look_at_domain(self, uuid: str) -> None:
-        """Look at all snapshots of a domain."""
-        for snapshot in self.of(uuid):
-            await self.look(snapshot)
+        """Look at all snapshots of a domain; what happens to it meanwhile causes one more look.
+
+        A block job has many events, and a look for each of them would take a thread for each.
+        """
+        if uuid in self._looking:
+            self._look_again.add(uuid)
+            return
+        self._looking.add(uuid)
+        try:
+            again = True
+            while again:
+                self._look_again.discard(uuid)
+                for snapshot in self.of(uuid):
+                    await self._look_or_log(snapshot)
+                again = uuid in self._look_again
+        finally:
+            self._looking.discard(uuid)
 
     async def keep_looking(self) -> None:
         """Look at all of them now and again, for ever."""
         while True:
             for snapshot in list(self.snapshots.values()):
-                try:
-                    await self.look(snapshot)
-                except SnapdError as error:
-                    log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
+                await self._look_or_log(snapshot)
             await asyncio.sleep(_LOOK_S)
+
+    async def _look_or_log(self, snapshot: Snapshot) -> None:
+        try:
+            await self.look(snapshot)
+        except SnapdError as error:
+            log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
 
     def of(self, domain_uuid: str) -> Sequence[Snapshot]:
         """All of a domain."""

@@ -85,7 +85,8 @@ def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) ->
     """Bring the domain back to the origin, whatever it uses now, or raise.
 
     libvirt says  | locked: origin, overlay | what happened             | so
-    overlay       | -                       | switched                  | commit
+    overlay, live | -                       | switched                  | commit and pivot
+    overlay, off  | -                       | switched, and ended since | keep what has data
     origin, live  | yes, no or yes          | not switched              | remove nodes, if any
     origin, live  | no, yes                 | switched behind libvirt   | commit by the monitor
     origin, off   | -                       | ended since; data tells   | keep what has data
@@ -96,12 +97,15 @@ def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) ->
             hypervisor.capacity(layer.domain, disk)
         domain = hypervisor.read(layer.domain)
     except NoSuchDomain:
-        _refuse_if_written(layer, "the domain was undefined")
+        _keep_if_written(layer, "the domain is gone")
         return
     live = domain.disk(disk)
     path = live.path if live is not None else ""
-    if path == layer.path:
+    if path == layer.path and domain.active:
         _commit(hypervisor, layer, disk, Unwatched())
+    elif path == layer.path:
+        _keep_if_written(layer, "the domain ended after it had switched")
+        _define_origin(hypervisor, layer, disk)
     elif path == layer.origin and domain.active:
         if not in_order:
             _settle_nodes(hypervisor, layer, disk)
@@ -117,7 +121,7 @@ def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) ->
             hypervisor.redefine_disk(layer.domain, disk, layer.path, "file", "qcow2")
             raise Kept("The domain had switched to the overlay, which is kept.")
     else:
-        _refuse_if_written(layer, f"disk {disk} has another image now")
+        _keep_if_written(layer, f"disk {disk} has another image now")
 
 
 def _settle_nodes(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
@@ -261,6 +265,11 @@ def _refuse_if_written(layer: Layer, why: str) -> None:
         raise StorageFailed(
             f"The overlay {layer.path} holds data and {why}; look at both before removing it."
         )
+
+
+def _keep_if_written(layer: Layer, why: str) -> None:
+    if overlay.written(layer.path):
+        raise Kept(f"The overlay holds data of the guest and is kept, as {why}.")
 
 
 def open_folder(hypervisor: Hypervisor, folder: str) -> contextlib.AbstractContextManager[int]:

@@ -9,7 +9,7 @@ before others can find it, so that a daemon killed at any moment finds it again 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from snapd_vm.errors import HypervisorUnavailable
@@ -57,7 +57,7 @@ class Method(Protocol):
         """What will read the immutable view: a Disk whose source it is, and the image's format."""
 
     def size(self, target: Target) -> int:
-        """The virtual size of the disk in bytes, known after `prepare` or asked anew."""
+        """The virtual size of the disk in bytes; after it is known, it is in the target."""
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """Everything that can be refused, without a change: names, space, tools, users."""
@@ -71,8 +71,11 @@ class Method(Protocol):
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """Take the snapshots; the only part inside the freeze."""
 
-    def taken(self, target: Target, tag: Tag) -> bool:
-        """Whether the snapshot is there, whole, and known to all who must know it."""
+    def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
+        """Whether the snapshot is there, whole, and known to all who must know it.
+
+        `domain` is as libvirt has just described it; None: it is read anew.
+        """
 
     def undo(self, target: Target, tag: Tag) -> bool:
         """Take back what a Create did, however far it came; the disk's present contents stay.
@@ -93,5 +96,8 @@ class Method(Protocol):
     def moved(self, deleted: Target, other: Target) -> Target | None:
         """What another snapshot's Target is now, if the delete has moved its source; else None."""
 
-    def state(self, target: Target, domain: Domain | None) -> str:
-        """ "ready", "missing", "failed" or "detached": what the storage and `domain` say now."""
+    def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
+        """ "ready", "missing", "failed" or "detached": what the storage and the domains say now.
+
+        `domains` are all that there are, by UUID.
+        """

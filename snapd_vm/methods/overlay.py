@@ -13,19 +13,7 @@ from snapd_vm import command, qcow2
 from snapd_vm.errors import NameInUse, NoSpace, StorageFailed
 from snapd_vm.storage import FileId
 
-_LIMIT_S = 30.0
-_CLUSTER = 65536
 _COPIED_LABELS = ("security.selinux",)
-
-
-def first_size(size: int) -> int:
-    """Bytes that a new overlay of virtual `size` takes: header, refcounts and its L1 table.
-
-    From QEMU's docs/interop/qcow2.txt with the default clusters of 64 KiB: one L2 table, 8 bytes of
-    L1, covers 512 MiB.
-    """
-    level1 = -(-size // (512 << 20)) * 8
-    return 3 * _CLUSTER + -(-level1 // _CLUSTER) * _CLUSTER
 
 
 def make(folder: int, draft: str, origin: str, origin_format: str, size: int) -> FileId:
@@ -41,14 +29,7 @@ def make(folder: int, draft: str, origin: str, origin_format: str, size: int) ->
     except OSError as error:
         raise _storage_error(draft, error) from error
     try:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        command.run(
-            [
-                *("qemu-img", "create", "-q", "-f", "qcow2", "-u"),
-                *("-F", origin_format, "-b", origin, path, str(size)),
-            ],
-            timeout=_LIMIT_S,
-        )
+        qcow2.write_new(fd, size, origin, origin_format)
         header = qcow2.read_header(fd)
         if (header.backing_file, header.backing_format, header.size) != (
             origin,
@@ -63,13 +44,9 @@ def make(folder: int, draft: str, origin: str, origin_format: str, size: int) ->
         return FileId(found.st_dev, found.st_ino)
     except BaseException as error:
         os.unlink(draft, dir_fd=folder)
-        if isinstance(error, command.CommandError):
-            if "No space left" in str(error):
-                raise NoSpace(f"There is no room for an overlay of {origin}.") from error
-            raise StorageFailed(f"{error}.") from error
         if isinstance(error, OSError):
             raise _storage_error(draft, error) from error
-        if isinstance(error, qcow2.NotQcow2):
+        if isinstance(error, qcow2.NotQcow2 | ValueError):
             raise StorageFailed(f"The overlay of {origin} came out wrong: {error}.") from error
         raise
     finally:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from snapd_vm import storage
+from snapd_vm import qcow2, storage
 from snapd_vm.errors import (
     Busy,
     HypervisorUnavailable,
@@ -40,7 +40,9 @@ class Hypervisor(commit.Hypervisor, Protocol):
     """What the method needs of the hypervisor; blocking, raises SnapdErrors."""
 
     def checkpoints(self, uuid: str) -> bool: ...
-    def switch(self, uuid: str, overlays: Mapping[str, tuple[str, str]]) -> None: ...
+    def switch(
+        self, uuid: str, overlays: Mapping[str, tuple[str, str]], others: Sequence[str]
+    ) -> None: ...
 
 
 class Qemu:
@@ -78,8 +80,12 @@ class Qemu:
             raise MethodNotSupported(
                 f"Disk {disk.target} is encrypted, and an overlay would not be."
             )
+        if "<slice" in disk.source_xml:
+            raise MethodNotSupported(
+                f"Disk {disk.target} is a slice of its image, and an overlay would be of the whole."
+            )
         persistent = next((d for d in domain.persistent_disks if d.target == disk.target), None)
-        follows = persistent is not None and persistent.path == disk.path
+        follows = persistent is not None and _same_file(persistent.path, disk.path)
         return Target(
             method=self.name,
             disk=disk.target,
@@ -91,6 +97,7 @@ class Qemu:
                 "origin_format": disk.format,
                 "persistent": follows or not domain.active,
                 "overlay": self._overlay_path(disk, request, tag),
+                "others": [d.target for d in domain.disks if d.target != disk.target],
             },
         )
 
@@ -119,10 +126,10 @@ class Qemu:
         return disk, str(target.data["origin_format"])
 
     def size(self, target: Target) -> int:
-        """The virtual size that the overlay was given."""
-        known = target.data.get("size")
-        if isinstance(known, int):
-            return known
+        """The virtual size that the overlay will have."""
+        found = Layer.of(target)
+        if found.instance == -1:  # libvirt can't tell of a pool's volume then
+            return storage.virtual_size(found.origin, found.origin_format)
         return self._hypervisor.capacity(str(target.data["domain"]), target.disk)
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
@@ -142,17 +149,16 @@ class Qemu:
                     )
             if storage.read_only(folder):
                 raise StorageFailed(f"The folder {folder} is read-only.")
-            size = self.size(target)
-            needed += overlay.first_size(size)
+            needed += qcow2.new_size(target.size)
             available = storage.space_available(folder)
             if available < needed + _RESERVE:
                 raise NoSpace(
                     f"The folder {folder} has {available} bytes left, and the overlay needs "
                     f"{needed + _RESERVE}; make room or name another place."
                 )
-            if available < size:
+            if available < target.size:
                 warnings.append(
-                    f"The overlay of disk {target.disk} may grow to {size} bytes, and "
+                    f"The overlay of disk {target.disk} may grow to {target.size} bytes, and "
                     f"{available} are free; the guest stops when there are none."
                 )
         return Needs(needed, available, tuple(warnings))
@@ -178,12 +184,12 @@ class Qemu:
         prepared = []
         for target in targets:
             found = Layer.of(target)
-            size = self.size(target)
             with commit.open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
-                inode = overlay.make(fd, found.draft(tag), found.origin, found.origin_format, size)
+                inode = overlay.make(
+                    fd, found.draft(tag), found.origin, found.origin_format, target.size
+                )
             data: dict[str, Json] = {
                 **target.data,
-                "size": size,
                 "device": inode.device,
                 "inode": inode.inode,
             }
@@ -199,16 +205,21 @@ class Qemu:
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One libvirt snapshot for all."""
         overlays = {t.disk: (str(t.data["overlay"]), "qcow2") for t in targets}
+        others = [str(name) for t in targets for name in _names(t.data["others"])]
         self._in_order.discard(tag.uuid)
         try:
-            self._hypervisor.switch(str(targets[0].data["domain"]), overlays)
+            self._hypervisor.switch(
+                str(targets[0].data["domain"]),
+                overlays,
+                [name for name in dict.fromkeys(others) if name not in overlays],
+            )
         except HypervisorUnavailable as error:
             if not getattr(error, "lost", True):
                 self._in_order.add(tag.uuid)
             raise
         self._in_order.add(tag.uuid)
 
-    def taken(self, target: Target, tag: Tag) -> bool:
+    def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether the overlay is in the chain, live and (where it should) persistent.
 
         Where the running domain has switched and only the definition was not written, as when
@@ -216,14 +227,15 @@ class Qemu:
         """
         found = Layer.of(target)
         try:
-            domain = self._hypervisor.read(found.domain)
+            domain = domain or self._hypervisor.read(found.domain)
         except NoSuchDomain:
             return False
         if commit.in_use(domain, found, target.disk) is None:
             return False
         if domain.active and found.persistent:
             persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
-            if persistent is not None and persistent.path == found.origin:
+            if persistent is not None and _same_file(persistent.path, found.origin):
+                # libvirt follows where both say it in the same words, and wants to be alive.
                 log.warning(
                     "the definition of domain %s lacked the overlay of disk %s; mended",
                     found.domain,
@@ -257,14 +269,31 @@ class Qemu:
         }
         return dataclasses.replace(other, data={**other.data, **place})
 
-    def state(self, target: Target, domain: Domain | None) -> str:
-        """See Method: the origin must be the file that it was and be nobody's active image."""
+    def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
+        """See Method: the origin is there, below the disk, and no definition's own image."""
         found = Layer.of(target)
-        if storage.file_id(found.origin) is None:
+        origin = storage.file_id(found.origin)
+        if origin is None:
             return "missing"
-        if domain is None or domain.disk(target.disk) is None:
+        for domain in domains.values():
+            for disk in (*domain.disks, *domain.persistent_disks):
+                if not disk.readonly and disk.path and storage.file_id(disk.path) == origin:
+                    return "failed"
+        own = domains.get(found.domain)
+        taken = own.disk(target.disk) if own is not None else None
+        if taken is None:
             return "detached"
-        disks = (*domain.disks, *domain.persistent_disks)
-        if any(d.path == found.origin and not d.readonly for d in disks):
-            return "failed"
-        return "ready"
+        if found.origin in taken.chain:  # a live domain's; of one that is off, libvirt tells none
+            return "ready"
+        below = {storage.file_id(p) for p in (*taken.chain, *storage.backing_chain(taken.path))}
+        return "ready" if origin in below else "detached"
+
+
+def _same_file(path: str, other: str) -> bool:
+    """Whether two paths, whatever they are called, are of one image."""
+    found = storage.file_id(path)
+    return path == other or (found is not None and found == storage.file_id(other))
+
+
+def _names(value: Json) -> Sequence[Json]:
+    return value if isinstance(value, list) else []

@@ -13,7 +13,7 @@ commands there are, and when a connection is kept, is not decided here.
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class Wire:
         Raises AgentGone: nothing was asked of the agent.
         """
         self._answered = False
-        number = secrets.randbelow(2**53 - 1) + 1  # any JSON reader holds it exactly
+        number = int.from_bytes(os.urandom(6)) + 1  # any JSON reader holds it exactly
         try:
             self._send("guest-sync-delimited", {"id": number}, before=_SENTINEL)
             while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -83,9 +83,8 @@ class OffState:
 class Hypervisor:
     """The functions of one libvirt, by way of its connection pool."""
 
-    def __init__(self, pool: ConnectionPool, domains: Callable[[], Iterable[Domain]]) -> None:
+    def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
-        self._domains = domains
         self._qemu_user: tuple[int, int] | None = None
 
     @contextlib.contextmanager
@@ -125,8 +124,14 @@ class Hypervisor:
         mend.Monitor(self._pool, uuid).drop_nodes(overlay)
 
     def user_of(self, path: str, uuid: str, target: str) -> str:
-        """Who else has the image in its chain, in words; '' for nobody (see users.py)."""
-        return users.user_of(path, uuid, target, list(self._domains()), self.pool_folders())
+        """Who else has the image in its chain, in words; '' for nobody (see users.py).
+
+        Every definition is read anew: libvirt sends no event for a change to one that is not live
+        (virDomainAttachDeviceFlags with AFFECT_CONFIG).
+        """
+        with self._pool.connection() as connection:
+            domains = _read_all(connection)
+        return users.user_of(path, uuid, target, domains, self.pool_folders())
 
     def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent:
         """The domain's guest agent, for one operation: by way of libvirt, or by its own socket."""
@@ -181,15 +186,19 @@ class Hypervisor:
                     f"The size of disk {target} can't be found: {error.get_error_message()}."
                 ) from error
 
-    def switch(self, uuid: str, overlays: Mapping[str, tuple[str, str]]) -> None:
+    def switch(
+        self, uuid: str, overlays: Mapping[str, tuple[str, str]], others: Sequence[str]
+    ) -> None:
         """Make the domain write to `overlays` (target -> path, format), which are there already.
 
-        One atomic libvirt snapshot without metadata (virDomainSnapshotCreateXML); every other disk
-        is listed as `snapshot='no'`. No look at the overlay is taken by libvirt with REUSE_EXT.
+        One atomic libvirt snapshot without metadata (virDomainSnapshotCreateXML); `others` are all
+        the other disks' targets, and are listed as `snapshot='no'`. They are given, not read, as
+        the guest stands still. A disk that was plugged in since, and so is not listed, fails it, as
+        with REUSE_EXT libvirt makes no overlay, nor does it look into one.
         """
+        xml = domainxml.snapshot_xml([*overlays, *others], overlays)
         with self._domain(uuid) as domain:
-            targets = domainxml.targets(domain.XMLDesc())
-            domain.snapshotCreateXML(domainxml.snapshot_xml(targets, overlays), _SNAPSHOT_FLAGS)
+            domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS)
 
     def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None:
         """Commit `top` of a disk's chain into `base`, its backing file, while the domain runs.
@@ -277,6 +286,18 @@ def _pivot(domain: libvirt.virDomain, target: str) -> None:
             if not not_ready or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def _read_all(connection: libvirt.virConnect) -> list[Domain]:
+    """Every domain, or an error: one that can't be read may be the one that is looked for."""
+    found = []
+    for domain in connection.listAllDomains():
+        try:
+            found.append(read_domain(domain))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone between the two calls
+                raise
+    return found
 
 
 def read_domain(domain: libvirt.virDomain) -> Domain:

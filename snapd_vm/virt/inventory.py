@@ -25,11 +25,9 @@ _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 _OPEN_LIMIT_S = 30.0
 
-_UNCLEAN_STOPS = (
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED,
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED,
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED,
-)
+_REREAD_S = 30.0
+"""libvirt tells nothing of a change to a definition alone (virDomainDetachDeviceFlags with
+AFFECT_CONFIG); so all are read again this often."""
 
 
 class InventoryListener(Protocol):
@@ -98,6 +96,17 @@ class Inventory:
         self._put(uuid, new)
         return new
 
+    def replace(self, old: Domain | None, new: Domain) -> bool:
+        """Take `new`, read by somebody else, in the place of `old`; whether it was.
+
+        It is not where another reading has come since `old` was held, or is under way: that one
+        may be newer, or older and come later.
+        """
+        if old is None or self.domains.get(new.uuid) is not old or new.uuid in self._reading:
+            return False
+        self._put(new.uuid, new)
+        return True
+
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await self._loop.run_in_executor(self._executor, function, *args)
 
@@ -122,7 +131,7 @@ class Inventory:
             log.info("connected to libvirt at %s, %d domains", self._uri, len(self.domains))
             self._out.connection_changed(True)
             self._first_try.set()
-            await self._closed.wait()
+            await self._keep_reading()
             log.warning("the connection to libvirt at %s is lost", self._uri)
             self.connected = False
             connection, self._connection = self._connection, None
@@ -130,6 +139,23 @@ class Inventory:
             if connection is not None:
                 await self._run(_close, connection)
             await self._run(self._pool.drop)
+
+    async def _keep_reading(self) -> None:
+        """Read all domains now and again, until the connection is closed."""
+        while True:
+            try:
+                await asyncio.wait_for(self._closed.wait(), _REREAD_S)
+                return
+            except TimeoutError:
+                pass
+            try:
+                found: list[str] = await self._run(_uuids, self._connection)
+            except libvirt.libvirtError as error:
+                log.debug("domains were not listed: %s", error)
+                continue
+            for uuid in {*found, *self.domains} - self._reading:
+                self._reading.add(uuid)
+                await self._reread_now(uuid)
 
     async def _connect(self) -> None:
         self._closed.clear()
@@ -188,7 +214,9 @@ class Inventory:
         if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
             self._out.domain_resumed(uuid)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
-            self._out.domain_stopped(uuid, detail not in _UNCLEAN_STOPS)
+            # Saved and migrated are no more a shut down than destroyed or crashed: the file
+            # systems were in use.
+            self._out.domain_stopped(uuid, detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
         self._reread(uuid)
 
     def _reread(self, uuid: str) -> None:
@@ -232,6 +260,10 @@ class Inventory:
 
 def _read(connection: libvirt.virConnect, uuid: str) -> Domain:
     return read_domain(connection.lookupByUUIDString(uuid))
+
+
+def _uuids(connection: libvirt.virConnect) -> list[str]:
+    return [domain.UUIDString() for domain in connection.listAllDomains()]
 
 
 def _read_all(connection: libvirt.virConnect) -> list[Domain]:

@@ -208,7 +208,7 @@ async def test_a_job_that_has_ended_or_never_was_is_not_cancelled(
     engine.jobs[1] = make_job(1, cancelable=False, done=True)
     answer = await client.call(JOB, "Cancel", path=job_path(1))
     assert answer.error_name == ERROR + "InvalidState"
-    for path in (job_path(2), ROOT_PATH + "/job", job_path(1) + "/x", ROOT_PATH + "/job/01"):
+    for path in (job_path(2), job_path(1) + "/x", ROOT_PATH + "/job/01"):
         answer = await client.call(JOB, "Cancel", path=path)
         assert answer.error_name == STANDARD + "UnknownObject"
     assert engine.calls == [("cancel", 1)]

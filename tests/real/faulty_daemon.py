@@ -1,8 +1,10 @@
 """The daemon, started so that it stumbles where a test says; everything else is the real thing.
 
-    python -m tests.real.faulty_daemon --at STEP --do kill|stop|sleep:SECONDS|raise --config FILE
+    python -m tests.real.faulty_daemon --at STEP --do FAULT --config FILE
 
-The fault comes the first time that an operation reaches STEP, and only in this life of the daemon.
+FAULT is kill, stop, raise, sleep:SECONDS, wait:FILE (which it makes, and waits for its removal) or
+raise-wait:FILE (and an error then). It comes the first time that an operation reaches STEP, only
+in this life of the daemon.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Fault:
 
     def __init__(self, step: str, do: str) -> None:
         self._step = step
-        self._do = do
+        self._then_raise = do.startswith("raise-")
+        self._do = do.removeprefix("raise-")
         self._done = False
 
     def __call__(self, step: Step | DeleteStep) -> None:
@@ -47,6 +50,8 @@ class Fault:
             deadline = time.monotonic() + 60
             while flag.exists() and time.monotonic() < deadline:
                 time.sleep(0.001)
+            if self._then_raise:
+                raise StorageFailed("A fault was asked for.")
 
 
 def main() -> int:

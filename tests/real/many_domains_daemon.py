@@ -1,6 +1,6 @@
 """The daemon on libvirt's test driver, with a storage method that takes its time, and a window.
 
-    python -m tests.real.many_domains_daemon --window SOCKET --config FILE
+    python -m tests.real.many_domains_daemon --window SOCKET [--seconds SECONDS] --config FILE
 
 The domains of a test:/// connection live in the process that has opened it, so what happens to them
 must be caused in here: the window's `do` calls a method of a domain, or defines one, on the very
@@ -19,7 +19,7 @@ from pathlib import Path
 from snapd_vm import config, daemon, journald
 from snapd_vm.config import Config
 from snapd_vm.engine.journal import Journal
-from snapd_vm.methods.method import Method, Record
+from snapd_vm.methods.method import Method, Record, Watch
 from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
 from snapd_vm.virt.hypervisor import Hypervisor
 from tests.real.window import open_window
@@ -58,15 +58,24 @@ class Slow:
         time.sleep(self._seconds)
         self._taken.add(tag.uuid)
 
-    def taken(self, target: Target, tag: Tag) -> bool:
+    def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         return tag.uuid in self._taken
 
-    def delete(self, target: Target, tag: Tag) -> bool:
+    def undo(self, target: Target, tag: Tag) -> bool:
         there = tag.uuid in self._taken
         self._taken.discard(tag.uuid)
         return there
 
-    def state(self, target: Target, domain: Domain | None) -> str:
+    def check_delete(self, target: Target, tag: Tag) -> None:
+        pass
+
+    def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
+        self.undo(target, tag)
+
+    def moved(self, deleted: Target, other: Target) -> Target | None:
+        return None
+
+    def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
         return "ready"
 
 
@@ -93,12 +102,13 @@ def main() -> int:
     """Run it; the daemon's exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--window", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--config", type=Path, required=True)
     asked = parser.parse_args()
 
     def methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method]:
         open_on(asked.window, hypervisor)
-        slow = Slow(0.3)
+        slow = Slow(asked.seconds)
         return {slow.name: slow, **daemon.built_in_methods(settings, hypervisor)}
 
     journald.set_up()

@@ -6,8 +6,10 @@ libvirt's ways with definitions, and a Create on it takes milliseconds.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -15,11 +17,13 @@ from xml.sax.saxutils import quoteattr
 import pytest
 from lxml import etree
 
+from snapd_vm.model import ROOT_PATH
+from tests.lab.deadline import LabError
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
-from tests.real.api import Api, ApiError
+from tests.real.api import DOMAIN, MANAGER, Api, ApiError, path_of
 
 INACTIVE = 2  # VIR_DOMAIN_XML_INACTIVE
 LIVE, CONFIG = 1, 2  # VIR_DOMAIN_AFFECT_…
@@ -41,32 +45,45 @@ class Places:
 
     def guest(self, *specs: DiskSpec, start: bool = False, **more: Any) -> Guest:
         """A guest with these disks, defined and not started unless told; see Lab.guest."""
-        made = self.lab.guest(specs or (self.disk(),), start=start, **more)
+        made = self.lab.guest(specs or (self.disk(),), start=False, **more)
         self._guests.append(made)
+        if start:  # without a file system there is nothing that its agent could tell of
+            made.domain.create()
         return made
 
     def disk(self, folder: Path | None = None, **more: Any) -> DiskSpec:
         """A small qcow2 in a folder of its own."""
         return DiskSpec(folder=folder or self.folder(), size_mib=16, filesystem=None, **more)
 
+    async def known(self, api: Api) -> None:
+        """Wait until the daemon has heard of all of them from libvirt."""
+        deadline = asyncio.get_running_loop().time() + 20
+        for guest in self._guests:
+            while (await _name(api, guest)) != guest.name:
+                assert asyncio.get_running_loop().time() < deadline, f"{guest.name} is not known"
+                await asyncio.sleep(0.02)
+
+    async def unknown(self, api: Api, guest: Guest) -> None:
+        """Take a domain away, and wait until the daemon has heard of it."""
+        guest.remove()
+        self._guests.remove(guest)
+        deadline = asyncio.get_running_loop().time() + 20
+        while await _name(api, guest):
+            assert asyncio.get_running_loop().time() < deadline, f"{guest.name} is still known"
+            await asyncio.sleep(0.02)
+
     def forget(self) -> None:
         """Take away the domains that are left."""
         for guest in reversed(self._guests):
-            self.lab.hypervisor.remove(guest_domain(guest)) if exists(guest) else None
+            with suppress(LabError):  # the test may have done so
+                guest.remove()
 
 
-def guest_domain(guest: Guest) -> Any:
-    return guest.domain
-
-
-def exists(guest: Guest) -> bool:
-    """Whether libvirt knows the domain."""
-    from tests.lab.deadline import LabError
-
+async def _name(api: Api, guest: Guest) -> str:
     try:
-        return guest.domain is not None
-    except LabError:
-        return False
+        return str((await api.properties(path_of(guest), DOMAIN))["Name"])
+    except ApiError:
+        return ""
 
 
 def with_image(path: Path | str, image_format: str = "qcow2", **more: Any) -> DiskSpec:
@@ -108,6 +125,18 @@ def world(guest: Guest) -> tuple[str, str, dict[str, list[str]]]:
         guest.domain.XMLDesc(INACTIVE) if guest.domain.isPersistent() else "",
         {folder: sorted(os.listdir(folder)) for folder in folders},
     )
+
+
+async def reconnected(api: Api, guest: Guest) -> None:
+    """Wait until the daemon is connected to a libvirtd that was restarted."""
+    deadline = asyncio.get_running_loop().time() + 30
+    while True:
+        with suppress(ApiError):
+            await api.disks(guest)  # finds out whether the connection it has is a living one
+            if (await api.properties(ROOT_PATH, MANAGER))["Connected"]:
+                return
+        assert asyncio.get_running_loop().time() < deadline, "not connected again"
+        await asyncio.sleep(0.1)
 
 
 async def refused(call: Awaitable[Any], *names: str) -> ApiError:

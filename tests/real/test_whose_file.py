@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -36,9 +38,11 @@ def places(lab: Lab) -> Iterator[Places]:
 
 
 @pytest.fixture
-def golden(places: Places) -> Guest:
+async def golden(api: Api, places: Places) -> Guest:
     """A domain, off, whose image others come to use."""
-    return places.guest()
+    made = places.guest()
+    await places.known(api)
+    return made
 
 
 def forge(path: Path, names: str | Path, size: int = 16 << 20) -> Path:
@@ -61,7 +65,7 @@ async def test_a_second_definition_of_the_same_disk(
     other = places.guest(with_image(golden.disk().path))
     error = await unchanged(api, golden, "Busy")
     assert f"disk vda of domain {other.name}" in error.text
-    other.remove()
+    other.remove()  # at once: nothing is remembered of it
     assert (await api.create(golden)).file == str(golden.disk().path)
 
 
@@ -119,6 +123,7 @@ async def test_another_disk_of_the_same_domain(api: Api, places: Places) -> None
     base = image(places.folder() / "base.qcow2")
     clone = image(places.folder() / "clone.qcow2", base)
     guest = places.guest(with_image(base), with_image(clone))
+    await places.known(api)
     assert "disk vdb" in (await unchanged(api, guest, "Busy")).text
     assert (await api.create(guest, "<disk><target dev='vdb'/></disk>")).file == str(clone)
 
@@ -158,6 +163,7 @@ async def test_linked_clones_of_a_golden_image(api: Api, places: Places, golden:
     folder = places.folder()
     clones = [image(folder / f"{number}.qcow2", golden.disk().path) for number in (1, 2)]
     first, second = (places.guest(with_image(clone)) for clone in clones)
+    await places.known(api)
     before = images.info(golden.disk().path), os.stat(golden.disk().path).st_mtime_ns
     for guest, clone in ((first, clones[0]), (second, clones[1])):
         created = await api.create(guest)
@@ -190,6 +196,7 @@ async def test_an_image_beside_the_file_behind_a_symlink(api: Api, places: Place
     path = image(places.folder() / "real.qcow2")
     guest = places.guest(with_image(symlink(path, places.folder())))
     clone = image(path.parent / "clone.qcow2", path)
+    await places.known(api)
     assert str(clone) in (await unchanged(api, guest, "Busy")).text
     clone.unlink()
     await api.create(guest)
@@ -251,6 +258,7 @@ async def test_nor_once_that_disk_is_a_snapshots_base(
     folder = golden.disk().path.parent if same_folder else places.folder()
     forged = forge(folder / "raw.img", golden.disk().path)
     attacker = places.guest(with_image(forged, "raw"))
+    await places.known(api)
     created = await api.create(attacker)
     assert (created.file, created.ours("format")) == (str(forged), "raw")
     await api.create(golden)
@@ -262,6 +270,7 @@ async def test_a_snapshot_of_a_forged_disk_is_the_raw_disk(
 ) -> None:
     forged = forge(places.folder() / "raw.img", "/etc/passwd")
     attacker = places.guest(with_image(forged, "raw"))
+    await places.known(api)
     created = await api.create(attacker)
     assert images.info(created.overlay)["backing-filename-format"] == "raw"
     assert "/etc/passwd" not in created.backup_source + created.modified_disk
@@ -284,14 +293,11 @@ async def test_a_chain_of_ones_own_snapshots_is_nobody_elses(
 async def test_open_for_writing_in_another_process(api: Api, places: Places) -> None:
     """A QEMU of somebody's own, that libvirt knows nothing of."""
     guest = places.guest(places.disk())
+    await places.known(api)
     path = guest.disk().path
     argv = ["qemu-system-x86_64", "-M", "none", "-display", "none", "-qmp", "null"]
-    import subprocess
-
     holder = subprocess.Popen([*argv, "-drive", f"if=none,id=d,format=qcow2,file={path}"])
     try:
-        from tests.lab.deadline import wait_until
-
         wait_until("it is open", lambda: images.is_open(path), 20)
         await unchanged(api, guest, "Busy")
     finally:
@@ -305,8 +311,9 @@ async def test_the_source_of_two_domains_is_ambiguous_without_the_domain(
 ) -> None:
     path = golden.disk().path
     other = places.guest(with_image(path))
+    await places.known(api)
     bare = f"<disk><source file='{path}'/></disk>"
     error = await refused(api.create_on_root(bare), "AmbiguousDisk")
     assert str(path) not in error.text
-    other.remove()
+    await places.unknown(api, other)
     assert (await api.create_on_root(bare)).file == str(path)
