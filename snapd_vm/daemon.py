@@ -21,12 +21,12 @@ from snapd_vm.bus.served import DiskSnapshotBus
 from snapd_vm.config import Config
 from snapd_vm.engine import recovery
 from snapd_vm.engine.engine import Engine
-from snapd_vm.engine.journal import DeleteStep, Journal, Step
+from snapd_vm.engine.journal import DeleteStep, Journal, Step, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu import Qemu
-from snapd_vm.virt.connection import ConnectionPool
+from snapd_vm.virt.connection import ConnectionPool, start_event_loop
 from snapd_vm.virt.hypervisor import Hypervisor
 from snapd_vm.virt.inventory import Inventory
 
@@ -51,6 +51,7 @@ def run(config_path: str | None) -> int:
     journald.set_up()
     try:
         settings = config.load(Path(config_path) if config_path else None)
+        alone = claim(settings.state_dir)
         journal = Journal(settings.state_dir)
     except (config.ConfigError, SnapdError) as error:
         log.critical("%s", error)
@@ -59,6 +60,7 @@ def run(config_path: str | None) -> int:
         return asyncio.run(serve(settings, journal))
     finally:
         journal.close()
+        os.close(alone)
 
 
 async def serve(
@@ -71,7 +73,9 @@ async def serve(
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="work")
     pool = ConnectionPool(settings.uri)
     hypervisor = Hypervisor(pool)
-    world = World(settings, hypervisor, methods(settings, hypervisor), journal, executor, reach)
+    beside = ThreadPoolExecutor(_THREADS, thread_name_prefix="beside")
+    table = methods(settings, hypervisor)
+    world = World(settings, hypervisor, table, journal, executor, beside, reach)
     engine = Engine(world, settings.uri)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -99,12 +103,14 @@ async def serve(
         status = 1
     _notify("STOPPING=1")
     stopping.cancel()
+    engine.stop_taking()
     await bus.close(_STOP_LIMIT_S)
     await engine.close(_STOP_LIMIT_S)
     for task in (feeder, lost, stopping):
         task.cancel()
     await asyncio.gather(feeder, lost, stopping, return_exceptions=True)
-    executor.shutdown(wait=False, cancel_futures=True)
+    for threads in (executor, beside):
+        threads.shutdown(wait=False, cancel_futures=True)
     log.info("stopped")
     return status
 
@@ -123,19 +129,17 @@ def thaw_held(config_path: str | None) -> int:
     except (config.ConfigError, SnapdError) as error:
         log.critical("%s", error)
         return 1
-    pool = ConnectionPool(settings.uri)
-    hypervisor = Hypervisor(pool)
-    with ThreadPoolExecutor(1) as executor:
-        world = World(settings, hypervisor, {}, journal, executor, lambda _step: None)
-        deadline = time.monotonic() + _THAW_LIMIT_S
-        held = journal.held()
-        while held and time.monotonic() < deadline:
-            for one in list(held):
-                if recovery.thaw(world, one):
-                    journal.release(one.domain_uuid)
-                    held.remove(one)
-            if held:
-                time.sleep(0.5)
+    start_event_loop()  # for the keep-alive of connections
+    hypervisor = Hypervisor(ConnectionPool(settings.uri))
+    deadline = time.monotonic() + _THAW_LIMIT_S
+    held = journal.held()
+    while held and time.monotonic() < deadline:
+        for one in list(held):
+            if recovery.thaw(hypervisor, one, settings.agent_timeout_s):
+                journal.release(one.domain_uuid)
+                held.remove(one)
+        if held:
+            time.sleep(0.5)
     for one in held:
         log.critical("domain %s may still be frozen", one.domain_name)
     journal.close()

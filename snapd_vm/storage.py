@@ -7,8 +7,10 @@ has been compared with those before.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
+import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from pathlib import Path
 
 from snapd_vm import qcow2
 from snapd_vm.errors import MethodNotSupported, StorageFailed
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, len, pid
+_OFD_GETLK = 36  # F_OFD_GETLK, which Python 3.11's fcntl lacks
+_WRITE_BYTE = 101
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,7 @@ def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -
             os.close(fd)
             fd = inner
             last = index == len(parts) - 1
-            if not _kept(os.fstat(fd), owners, groups, last):
+            if not _kept(fd, owners, groups, last):
                 raise MethodNotSupported(
                     f"The folder {folder} can be changed by others than root and QEMU's user; "
                     "name an overlay in a folder of qemu.overlay_dirs."
@@ -118,15 +124,23 @@ def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -
         os.close(fd)
 
 
-def _kept(
-    found: os.stat_result, owners: Collection[int], groups: Collection[int], last: bool
-) -> bool:
+def _kept(fd: int, owners: Collection[int], groups: Collection[int], last: bool) -> bool:
+    found = os.fstat(fd)
     sticky = bool(found.st_mode & stat.S_ISVTX) and not last
     if found.st_uid not in owners:
         return False
     if found.st_mode & stat.S_IWGRP and found.st_gid not in groups and not sticky:
         return False
+    if found.st_mode & stat.S_IWGRP and _has_acl(fd) and not sticky:
+        return False  # what looks like the group's right is the most that the list gives, acl(5)
     return not found.st_mode & stat.S_IWOTH or sticky
+
+
+def _has_acl(fd: int) -> bool:
+    try:
+        return bool(os.getxattr(fd, "system.posix_acl_access"))
+    except OSError:
+        return False
 
 
 def space_available(folder: str) -> int:
@@ -142,8 +156,32 @@ def space_available(folder: str) -> int:
 
 
 def read_only(folder: str) -> bool:
-    """Whether the file system of `folder` is mounted read-only."""
-    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    """Whether the file system of `folder` is mounted read-only. Raises StorageFailed."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except OSError as error:
+        raise StorageFailed(f"The folder {folder} can't be examined: {error.strerror}.") from error
+
+
+def write_locked(path: str) -> bool:
+    """Whether a QEMU or qemu-img has the image open for writing, as its image locks tell.
+
+    QEMU holds a lock on byte 100 + n for each permission n that it uses, 1 being to write
+    (raw_apply_lock_bytes in QEMU's block/file-posix.c); asking takes none (F_OFD_GETLK, fcntl(2)).
+    Of a block device it is not known: QEMU's device node is one of its own mount namespace.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _WRITE_BYTE, 1, 0)
+        kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, _OFD_GETLK, question))
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(fd)
+    return bool(kind != fcntl.F_UNLCK)
 
 
 def reader_of(path: str, uuid: str) -> str:

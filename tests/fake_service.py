@@ -229,7 +229,8 @@ class FakeService:
         }
 
     def _introspect(self, call: Message) -> Message:
-        below = {p.removeprefix(f"{call.path}/") for p in self._objects()}
+        folder = str(call.path).rstrip("/") + "/"
+        below = {path.removeprefix(folder) for path in self._objects()}
         names = sorted({path.partition("/")[0] for path in below if not path.startswith("/")})
         nodes = "".join(f'<node name="{name}"/>' for name in names)
         text = CONTRACT.replace("</node>", nodes + "</node>")

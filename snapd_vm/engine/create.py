@@ -67,11 +67,13 @@ class Choice:
 class Taken:
     """What a Create has done; the journal's last entry is not written yet.
 
-    `held`: the guest may be frozen still. `domain` is as libvirt described it afterwards.
+    `holding` is what the journal has of the freeze, if there was one; `held`: the guest may be
+    frozen still. `domain` is as libvirt described it afterwards.
     """
 
     operation: Operation
     snapshots: Sequence[Snapshot]
+    holding: Held | None
     held: bool
     domain: Domain
 
@@ -79,10 +81,10 @@ class Taken:
 class Failed(Exception):
     """A Create that had begun failed with `error`; `operation` is to be undone.
 
-    `held`: the guest may be frozen still and is to be thawed first.
+    `held`: what the journal has of a guest that may be frozen still, and is to be thawed first.
     """
 
-    def __init__(self, error: BaseException, operation: Operation, *, held: bool) -> None:
+    def __init__(self, error: BaseException, operation: Operation, held: Held | None) -> None:
         super().__init__(str(error))
         self.error = error
         self.operation = operation
@@ -186,7 +188,7 @@ def _checked(world: World, choice: Choice, flags: Flags) -> tuple[Choice, _Quies
     try:
         try:
             if Flags.NO_QUIESCE not in flags and _can_answer(domain):
-                asked = world.executor.submit(_ask, world, agent, choice.disk.target)
+                asked = world.beside.submit(_ask, world, agent, choice.disk.target)
             choice = check(world, choice)
         finally:
             if asked is not None:  # the agent is not for two threads at a time
@@ -292,12 +294,11 @@ def _take(
     world.reach(Step.CHECKED)
     operation = Operation(tag, flags, (_draft(choice, choice.floor),))
     world.journal.begin(operation)
-    held = False
+    held, holding = False, None
+    if quiesce is not None:
+        holding = Held(choice.domain.uuid, choice.domain.name, quiesce.former)
     try:
         world.reach(Step.BEGUN)
-        holding = None
-        if quiesce is not None:
-            holding = Held(choice.domain.uuid, choice.domain.name, quiesce.former)
 
         def record(targets: Sequence[Target]) -> None:
             nonlocal operation
@@ -313,17 +314,19 @@ def _take(
             method.create(targets, tag)
 
         frozen = freeze.Frozen()
+        required = Flags.QUIESCE_REQUIRED in flags
         if quiesce is None:
             switch()
             world.reach(Step.SWITCHED)
         else:
+            held = True
             try:
                 frozen = freeze.around(
                     switch,
                     agent,
                     world.hypervisor.agent(choice.domain),
                     quiesce.mountpoints,
-                    required=Flags.QUIESCE_REQUIRED in flags,
+                    required=required,
                     freeze_timeout=world.config.freeze_timeout_s,
                     frozen_limit=world.config.frozen_limit_s,
                     reach=world.reach,
@@ -332,18 +335,20 @@ def _take(
                 held = error.held
                 raise error.error from error
             held = frozen.held
-        if frozen.error is not None and Flags.QUIESCE_REQUIRED in flags:
+        if frozen.error is not None and required:
             raise frozen.error
         # The agent is done with: what was set for it is put back while libvirt is read.
-        closing = world.executor.submit(agent.close)
+        closing = world.beside.submit(agent.close)
         try:
             domain, snapshot = _read_back(world, choice, operation, frozen, resumed)
         finally:
             wait([closing])
+        if required and snapshot.consistency not in (Consistency.QUIESCED, Consistency.OFFLINE):
+            raise QuiesceFailed("The domain was started or stopped meanwhile; try again.")
         world.reach(Step.READ_BACK)
     except BaseException as error:
-        raise Failed(error, operation, held=held) from error
-    return Taken(operation, [snapshot], held, domain)
+        raise Failed(error, operation, holding if held else None) from error
+    return Taken(operation, [snapshot], holding, held, domain)
 
 
 def _read_back(

@@ -7,24 +7,27 @@ holds, shielded from whoever asked for it. It knows the methods by their protoco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from snapd_vm.engine import create, delete, select
 from snapd_vm.engine.create import Failed
 from snapd_vm.engine.jobs import Jobs, Running
-from snapd_vm.engine.journal import Held, Step
+from snapd_vm.engine.journal import Step
 from snapd_vm.engine.keeper import Keeper
 from snapd_vm.engine.locks import DomainLocks
 from snapd_vm.engine.service import Listener
 from snapd_vm.engine.shelf import Shelf
 from snapd_vm.engine.world import World
 from snapd_vm.errors import (
+    Busy,
     Cancelled,
     HypervisorUnavailable,
     Internal,
+    InvalidState,
     NoSuchDomain,
     SnapdError,
     StorageFailed,
@@ -76,6 +79,7 @@ class Engine:
         self._plan_slots = asyncio.Semaphore(_PLANS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: set[asyncio.Task[Any]] = set()
+        self._marking = asyncio.Lock()
         self._closing = False
 
     # -- what the bus asks from memory -----------------------------------------------------------
@@ -130,12 +134,17 @@ class Engine:
     async def _first_recovery(self, inventory: Inventory) -> None:
         """Connect and recover. Never cancelled: what runs in a thread would go on, unseen."""
         await inventory.start()
-        self._spawn(self._keeper.keep_recovering())
+        self._spawn(self._keeper.keep_thawing())
+        self._spawn(self._keeper.keep_settling())
         await self._keeper.tried.wait()
 
-    async def close(self, limit: float) -> None:
-        """Let what runs come to its end, for at most `limit` seconds; take nothing new."""
+    def stop_taking(self) -> None:
+        """Begin nothing new; what waits for its turn is refused."""
         self._closing = True
+
+    async def close(self, limit: float) -> None:
+        """Let what runs come to its end, for at most `limit` seconds."""
+        self.stop_taking()
         if self._work:
             log.info("waiting for %d operations", len(self._work))
             await asyncio.wait(self._work, timeout=limit)
@@ -196,6 +205,11 @@ class Engine:
         snapshot = await self._shelf.look(snapshot)
         if snapshot.state is SnapshotState.MISSING:
             raise StorageFailed("The snapshot's storage is gone; there is nothing to read.")
+        if snapshot.state is SnapshotState.FAILED:
+            raise InvalidState(
+                "A domain's definition names the image that the snapshot is, so it may change; "
+                "correct the definition first."
+            )
         return snapshot.backup_source
 
     async def modified_disk(self, snapshot_uuid: str) -> str:
@@ -209,31 +223,35 @@ class Engine:
 
     async def _create(self, uuid: str, request: Request, watch: Running) -> Snapshot:
         world = self._world
-        async with self._locks.hold(uuid, world.config.lock_timeout_s), self._slots:
+        async with self._locks.hold(uuid, world.config.lock_timeout_s):
             self._require_connection()
             self._resumed.discard(uuid)
             before = self.domains.get(uuid)
             names = self._shelf.names(uuid)
             try:
-                taken = await world.run(
-                    create.take,
-                    world,
-                    uuid,
-                    request,
-                    names,
-                    lambda: uuid in self._resumed,
-                    watch,
-                )
+                async with self._slot():
+                    taken = await world.run(
+                        create.take,
+                        world,
+                        uuid,
+                        request,
+                        names,
+                        lambda: uuid in self._resumed,
+                        watch,
+                    )
             except Failed as failed:
                 await self._keeper.undo(failed)
                 raise failed.error from None
-            operation, held = taken.operation, taken.held
-            if held:
-                self._keeper.hold(Held(uuid, operation.tag.domain_name, None))
+            operation = taken.operation
+            held = taken.holding if taken.held else None
+            if held is not None:
+                self._keeper.hold(held)
+            # What an earlier freeze, which may come late, has left in the journal stays there.
+            release = taken.holding is not None and not self._keeper.holds(uuid)
             try:
-                await world.run(world.journal.end, operation, taken.snapshots, release=not held)
+                await world.run(world.journal.end, operation, taken.snapshots, release=release)
             except SnapdError as error:
-                await self._keeper.undo(Failed(error, operation, held=held))
+                await self._keeper.undo(Failed(error, operation, held))
                 raise
             world.reach(Step.ENDED)
             for snapshot in taken.snapshots:
@@ -310,16 +328,21 @@ class Engine:
     # -- what the inventory tells ----------------------------------------------------------------
 
     def domain_added(self, domain: Domain) -> None:
+        if domain.active:
+            self._mark(domain.uuid, clean=False)
         for listener in self._shelf.listeners:
             listener.domain_added(domain)
         self._spawn(self._shelf.look_at_domain(domain.uuid))
 
     def domain_changed(self, old: Domain, new: Domain) -> None:
+        if new.active and not old.active:
+            self._mark(new.uuid, clean=False)
         for listener in self._shelf.listeners:
             listener.domain_changed(old, new)
         self._spawn(self._shelf.look_at_domain(new.uuid))
 
     def domain_removed(self, domain: Domain) -> None:
+        self._resumed.discard(domain.uuid)
         for listener in self._shelf.listeners:
             listener.domain_removed(domain)
         self._spawn(self._shelf.look_at_domain(domain.uuid))
@@ -328,7 +351,20 @@ class Engine:
         self._resumed.add(uuid)
 
     def domain_stopped(self, uuid: str, clean: bool) -> None:
-        self._spawn(self._world.run(self._world.journal.stopped, uuid, clean=clean))
+        self._mark(uuid, clean=clean)
+
+    def _mark(self, uuid: str, *, clean: bool) -> None:
+        """Remember whether the disks of a domain that is off, when it is, are clean.
+
+        One that runs is not: should the host go down, or should it stop while we don't look, nobody
+        says later how it ended.
+        """
+
+        async def write() -> None:
+            async with self._marking:  # in their order: the last word counts
+                await self._world.run(self._world.journal.stopped, uuid, clean=clean)
+
+        self._spawn(write())
 
     def connection_changed(self, connected: bool) -> None:
         for listener in self._shelf.listeners:
@@ -338,7 +374,24 @@ class Engine:
 
     # -- small things ----------------------------------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """One of the places for Creates at work. Raises Busy where none is free in time."""
+        limit = self._world.config.lock_timeout_s
+        try:
+            await asyncio.wait_for(self._slots.acquire(), limit)
+        except TimeoutError:
+            raise Busy(
+                f"{_AT_ONCE} other operations have not ended within {limit:g} s; try again later."
+            ) from None
+        try:
+            yield
+        finally:
+            self._slots.release()
+
     def _require_connection(self) -> None:
+        if self._closing:
+            raise Cancelled("The daemon is stopping; try again when it is back.")
         if not self.connected:
             raise HypervisorUnavailable("libvirt is not connected; try again when it is back.")
 

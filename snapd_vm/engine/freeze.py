@@ -20,9 +20,13 @@ from snapd_vm.errors import (
     QuiesceTimedOut,
     SnapdError,
 )
+from snapd_vm.journald import MessageId, fields
 from snapd_vm.virt.agent import Agent, AgentGone, AgentRefused, AgentTimeout
 
 log = logging.getLogger(__name__)
+
+_RESCUE_TIMEOUT_S = 5.0
+_RESCUE_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,7 @@ def survey(agent: Agent, disks: Sequence[str], timeout: float) -> Sequence[str] 
         raise AgentUnavailable(f"The guest agent does not answer: {error}.") from error
     except AgentRefused as error:
         if error.frozen_already:
-            raise Busy(
-                "The guest's file systems are frozen already, by another program; thaw them first."
-            ) from error
+            raise _frozen_by_others() from error
         log.info("the agent can't say which disks its file systems are on: %s", error)
         return None
     if any(filesystem.targets is None for filesystem in found):
@@ -84,58 +86,82 @@ def around(
 ) -> Frozen:
     """Freeze, call `switch`, thaw. Times in seconds.
 
-    With `required`, a freeze that failed raises (QuiesceFailed, QuiesceTimedOut) before the switch;
-    else the switch goes on without. Raises Busy, without a thaw, where somebody else froze the
-    guest. An error of `switch` is raised after the thaw, as SwitchFailed, which says if the guest
-    is held. A timer in a thread of its own thaws by way of `rescuer` at `frozen_limit`.
+    With `required`, a freeze that failed ends it (QuiesceFailed, QuiesceTimedOut) before the
+    switch; else the switch goes on without. All that goes wrong is raised as SwitchFailed, after
+    the thaw, which says if the guest is held; Busy, without a thaw, where somebody else froze it. A
+    thread that is there before the freeze thaws by way of `rescuer` at `frozen_limit`.
     """
-    started = time.monotonic()
+    rescue = _Rescue(frozen_limit, rescuer)
     try:
-        count = agent.freeze(mountpoints, freeze_timeout)
-    except AgentTimeout as error:
-        # It may freeze later still: whoever called goes on thawing until the agent answers.
-        failure: SnapdError = QuiesceTimedOut(
-            f"The guest agent did not freeze within {freeze_timeout:g} s: {error}."
-        )
-        return _unfrozen(switch, failure, held=True, required=required, reach=reach)
-    except (AgentRefused, AgentGone) as error:
-        if isinstance(error, AgentRefused) and error.frozen_already:
-            raise Busy(
-                "The guest's file systems are frozen already, by another program; thaw them first."
-            ) from error
-        failure = QuiesceFailed(f"The guest agent could not freeze: {error}.")
+        started = time.monotonic()
+        try:
+            count = agent.freeze(mountpoints, freeze_timeout)
+        except AgentRefused as error:
+            if error.frozen_already:
+                raise SwitchFailed(_frozen_by_others(), held=False) from error
+            failure: SnapdError = QuiesceFailed(f"The guest agent could not freeze: {error}.")
+        except AgentGone as error:
+            failure = QuiesceFailed(f"The guest agent could not freeze: {error}.")
+        except AgentTimeout as error:
+            # It may freeze later still: whoever called goes on thawing until the agent answers.
+            rescue.begin()
+            failure = QuiesceTimedOut(
+                f"The guest agent did not freeze within {freeze_timeout:g} s: {error}."
+            )
+            return _unfrozen(switch, failure, held=True, required=required, reach=reach)
+        else:
+            rescue.begin()
+            if count > 0:
+                return _frozen(switch, agent, rescue, freeze_timeout, started, count, reach)
+            failure = QuiesceFailed("The guest agent froze no file system.")
         held = not _thaw(agent, freeze_timeout)[1]  # some may be frozen although it failed
         return _unfrozen(switch, failure, held=held, required=required, reach=reach)
-    except SnapdError as error:  # the connection went away in mid-call
+    except SwitchFailed:
+        raise
+    except BaseException as error:  # the connection went away in mid-call, or a mistake of ours
         raise SwitchFailed(error, held=True) from error
-    if count == 0:
-        failure = QuiesceFailed("The guest agent froze no file system.")
-        held = not _thaw(agent, freeze_timeout)[1]
-        return _unfrozen(switch, failure, held=held, required=required, reach=reach)
+    finally:
+        rescue.end()
 
-    timer = _Timer(frozen_limit, rescuer)
-    reach(Step.FROZEN)
+
+def _frozen(
+    switch: Callable[[], None],
+    agent: Agent,
+    rescue: _Rescue,
+    timeout: float,
+    started: float,
+    count: int,
+    reach: Callable[[Step], None],
+) -> Frozen:
+    """Switch while the guest is frozen, and thaw it."""
     try:
+        reach(Step.FROZEN)
         switch()
+        reach(Step.SWITCHED)
     except BaseException as error:
-        timer.cancel()
-        _, thawed = _thaw(agent, freeze_timeout)
+        _, thawed = _thaw(agent, timeout)
         raise SwitchFailed(error, held=not thawed) from error
-    reach(Step.SWITCHED)
-    timer.cancel()
-    released, thawed = _thaw(agent, freeze_timeout)
+    released, thawed = _thaw(agent, timeout)
     frozen_us = int((time.monotonic() - started) * 1e6)
-    reach(Step.THAWED)
     problem: SnapdError | None = None
-    if timer.fired:
-        problem = QuiesceTimedOut(f"The guest was frozen for {frozen_limit:g} s and was thawed.")
+    if rescue.fired:
+        problem = QuiesceTimedOut("The guest was frozen for too long and was thawed meanwhile.")
     elif not thawed:
         problem = QuiesceFailed("The guest agent did not answer the thaw; it is tried again.")
     elif released < count:
         problem = QuiesceTimedOut(
             f"Only {released} of {count} file systems were still frozen at the thaw."
         )
-    return Frozen(count, frozen_us, problem, held=not thawed)
+    frozen = Frozen(count, frozen_us, problem, held=not thawed)
+    try:
+        reach(Step.THAWED)
+    except BaseException as error:
+        raise SwitchFailed(error, held=frozen.held) from error
+    return frozen
+
+
+def _frozen_by_others() -> Busy:
+    return Busy("The guest's file systems are frozen already, by another program; thaw them first.")
 
 
 class SwitchFailed(Exception):
@@ -171,25 +197,44 @@ def _thaw(agent: Agent, timeout: float) -> tuple[int, bool]:
     """How many file systems were thawed, and whether the agent answered at all."""
     try:
         return agent.thaw(timeout), True
-    except (AgentGone, AgentTimeout, AgentRefused, SnapdError) as error:
+    except Exception as error:  # whatever it is, the guest is to be thawed by somebody else
         log.error("the guest was not thawed, and it is tried again: %s", error)
         return 0, False
 
 
-class _Timer:
-    """Thaws after a time, from a thread that nothing of ours can block."""
+class _Rescue:
+    """Thaws after a time, from a thread that nothing of ours can block, until it is told to end.
+
+    The thread is there before the freeze, as it could fail to start after it.
+    """
 
     def __init__(self, seconds: float, rescuer: Agent) -> None:
         self.fired = False
+        self._seconds = seconds
         self._rescuer = rescuer
-        self._timer = threading.Timer(seconds, self._fire)
-        self._timer.daemon = True
-        self._timer.start()
+        self._begun = threading.Event()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="rescue", daemon=True).start()
 
-    def _fire(self) -> None:
+    def begin(self) -> None:
+        """The guest is frozen, or may be."""
+        self._begun.set()
+
+    def end(self) -> None:
+        """Somebody else sees to the thaw from here."""
+        self._ended.set()
+        self._begun.set()
+
+    def _watch(self) -> None:
+        self._begun.wait()
+        if self._ended.wait(self._seconds):
+            return
         self.fired = True
-        log.error("the guest has been frozen for too long; thawing it")
-        _thaw(self._rescuer, 5.0)
-
-    def cancel(self) -> None:
-        self._timer.cancel()
+        log.critical(
+            "a guest has been frozen for %g s; thawing it",
+            self._seconds,
+            extra=fields(MessageId.FROZEN_TOO_LONG),
+        )
+        while not _thaw(self._rescuer, _RESCUE_TIMEOUT_S)[1]:
+            if self._ended.wait(_RESCUE_PAUSE_S):
+                return

@@ -8,7 +8,9 @@ of what is held after a crash, only reads.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -101,6 +103,24 @@ class Held:
     domain_uuid: str
     domain_name: str
     agent_timeout: int | None
+
+
+def claim(folder: Path) -> int:
+    """Take the folder for this process alone; the descriptor to keep open.
+
+    A second daemon's recovery would settle what the first one is at work on. Raises Internal.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Internal(f"The folder {folder} can't be used: {error.strerror}.") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise Internal(f"Another daemon is using the folder {folder}; stop it first.") from error
+    return fd
 
 
 class Journal:

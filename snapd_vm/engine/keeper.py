@@ -26,6 +26,7 @@ from snapd_vm.model import SnapshotState, snapshot_path
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_LONGEST_RETRY_S = 30.0
 _UNDO_WAIT_S = 20.0
 
 
@@ -50,6 +51,8 @@ class Keeper:
         self._operations: dict[str, Operation] = {}
         self._held: dict[str, Held] = {}
         self._wake = asyncio.Event()
+        self._settle_now = asyncio.Event()
+        self.thawed = asyncio.Event()
         self.tried = asyncio.Event()
 
     async def load(self) -> None:
@@ -62,34 +65,61 @@ class Keeper:
     def wake(self) -> None:
         """Try again now, as after libvirt came back."""
         self._wake.set()
+        self._settle_now.set()
 
-    async def keep_recovering(self) -> None:
-        """Thaw and settle, now and whenever it is called for, for ever; `tried` after the first."""
+    def holds(self, domain_uuid: str) -> bool:
+        """Whether the domain may be frozen still."""
+        return domain_uuid in self._held
+
+    async def keep_thawing(self) -> None:
+        """Thaw whom we hold, now and whenever it is called for, for ever; each beside the others.
+
+        `thawed` is set after the first attempt.
+        """
         while True:
             self._wake.clear()
-            try:
-                await self._recover()
-            except SnapdError as error:
-                log.error("recovery goes on later: %s", error)
-            self.tried.set()
-            waits = _RETRY_S if self._held or self._operations else None
+            if self._connected():
+                held = list(self._held.values())
+                for result in await asyncio.gather(
+                    *(self._release_if_free(one) for one in held), return_exceptions=True
+                ):
+                    if isinstance(result, BaseException):
+                        log.error("a thaw is tried again", exc_info=result)
+            self.thawed.set()
+            waits = _RETRY_S if self._held else None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), waits)
 
-    async def _recover(self) -> None:
-        """Thaw what is held and settle what was begun, as far as it can be done now."""
-        if not self._connected():
-            return
-        for held in list(self._held.values()):
-            await self._release(held)
-        for operation in list(self._operations.values()):
+    async def keep_settling(self) -> None:
+        """Settle what was begun, once the thaws were tried, for ever; `tried` after the first time.
+
+        What can't be settled is tried again after a while, which grows.
+        """
+        await self.thawed.wait()
+        pause = _RETRY_S
+        while True:
+            self._settle_now.clear()
+            if self._connected():
+                for operation in list(self._operations.values()):
+                    await self._try_to_settle(operation)
+            self.tried.set()
+            pause = min(pause * 2, _LONGEST_RETRY_S) if self._operations else _RETRY_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._settle_now.wait(), pause if self._operations else None)
+                pause = _RETRY_S
+
+    async def _try_to_settle(self, operation: Operation) -> None:
+        try:
             if operation.kind is Kind.DELETE:
                 done = await self._delete_again(operation)
             else:
                 done = await self._settle(operation, keep=not operation.failed)
-            if done:
-                del self._operations[operation.tag.uuid]
-                self._locks.unblock(operation.tag.domain_uuid)
+        except Exception:  # one that can't be settled keeps no other from it
+            log.exception("operation %s is tried again", operation.tag.uuid)
+            return
+        if done:
+            del self._operations[operation.tag.uuid]
+            self._locks.unblock(operation.tag.domain_uuid)
 
     def is_open(self, domain_uuid: str) -> bool:
         """Whether an operation of the domain is still to be settled."""
@@ -111,22 +141,21 @@ class Keeper:
             failed.error,
             extra=fields(MessageId.FAILED, operation.drafts[0]),
         )
-        if failed.held:
-            for held in await self._world.run(self._world.journal.held):
-                if held.domain_uuid == uuid:
-                    self.hold(held)
+        if failed.held is not None:
+            self.hold(failed.held)
+        # Before it is begun: a commit that is cut off is gone on with, and its snapshot not kept.
+        lasting = dataclasses.replace(operation, failed=True)
+        try:
+            await self._world.run(self._world.journal.begin, lasting)
+        except SnapdError as error:
+            log.error("that it failed was not written down: %s", error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_UNDO_WAIT_S):
                 await self._until_reachable(uuid)
                 if uuid in self._held:
                     await self._release(self._held[uuid])
-        lasting = dataclasses.replace(operation, failed=True)
         if not await self._settle(lasting, keep=False):
             self._leave_open(lasting)
-            try:
-                await self._world.run(self._world.journal.begin, lasting)
-            except SnapdError as error:  # what it says of the operation has to do then
-                log.error("that it failed was not written down: %s", error)
 
     async def _settle(self, operation: Operation, *, keep: bool) -> bool:
         """Settle an operation and write its end down; whether that could be done now."""
@@ -213,8 +242,15 @@ class Keeper:
         running.end(None, {})
         return True
 
+    async def _release_if_free(self, held: Held) -> None:
+        """Thaw, unless an operation is at work on the domain, which thaws by itself."""
+        async with self._locks.attempt(held.domain_uuid) as free:
+            if free:
+                await self._release(held)
+
     async def _release(self, held: Held) -> None:
-        if await self._world.run(recovery.thaw, self._world, held):
+        world = self._world
+        if await world.run(recovery.thaw, world.hypervisor, held, world.config.agent_timeout_s):
             await self._world.run(self._world.journal.release, held.domain_uuid)
             self._held.pop(held.domain_uuid, None)
 
@@ -224,7 +260,7 @@ class Keeper:
             operation.tag.domain_uuid,
             "An earlier snapshot of the domain has not been settled; see the daemon's log.",
         )
-        self._wake.set()
+        self._settle_now.set()
 
     async def _until_reachable(self, uuid: str) -> None:
         """Wait until libvirt answers; what is known of the connection may be old news."""

@@ -37,9 +37,27 @@ class DomainLocks:
             finally:
                 lock.release()
         finally:
-            self._waiting[uuid] -= 1
-            if not self._waiting[uuid]:
-                del self._waiting[uuid], self._locks[uuid]
+            self._forget(uuid)
+
+    @asynccontextmanager
+    async def attempt(self, uuid: str) -> AsyncIterator[bool]:
+        """Hold the lock if it is free now, blocked or not; whether it was."""
+        if uuid in self._locks:
+            yield False
+            return
+        lock = self._locks[uuid] = asyncio.Lock()
+        self._waiting[uuid] = 1
+        await lock.acquire()  # nobody else has it, so that this does not wait
+        try:
+            yield True
+        finally:
+            lock.release()
+            self._forget(uuid)
+
+    def _forget(self, uuid: str) -> None:
+        self._waiting[uuid] -= 1
+        if not self._waiting[uuid]:
+            del self._waiting[uuid], self._locks[uuid]
 
     def block(self, uuid: str, reason: str) -> None:
         """Refuse every writing call on the domain, with this sentence, until `unblock`."""

@@ -5,12 +5,13 @@ Blocking functions for a worker thread. Thawing comes first, then each disk in r
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
 from snapd_vm.engine import create, freeze
 from snapd_vm.engine.journal import Held, Operation
-from snapd_vm.engine.world import World
+from snapd_vm.engine.world import Hypervisor, World
 from snapd_vm.errors import NoSuchDomain, SnapdError
 from snapd_vm.methods.method import Kept
 from snapd_vm.model import Consistency, Snapshot
@@ -31,7 +32,8 @@ def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapsh
     standing = []
     for draft in reversed(operation.drafts):
         try:
-            world.methods[draft.target.method].undo(draft.target, tag)
+            method = world.methods[draft.target.method]
+            method.undo(draft.target, tag, again=operation.failed)
         except Kept as error:
             log.error("snapshot %s of domain %s stands: %s", tag.label, tag.domain_name, error)
             standing.append(_standing(world, draft))
@@ -46,19 +48,21 @@ def _standing(world: World, draft: Snapshot) -> Snapshot:
     try:
         domain = world.hypervisor.read(draft.domain_uuid)
     except NoSuchDomain:
-        return draft
-    consistency = Consistency.CRASH if domain.active else draft.consistency
+        return dataclasses.replace(draft, consistency=Consistency.CRASH)
+    off = not domain.active and draft.consistency is Consistency.OFFLINE
+    consistency = Consistency.OFFLINE if off else Consistency.CRASH
     return create.finish(draft, consistency, domain.disk(draft.target.disk), "", freeze.Frozen())
 
 
-def thaw(world: World, held: Held) -> bool:
+def thaw(hypervisor: Hypervisor, held: Held, timeout: float) -> bool:
     """Try once to thaw a guest that we may have frozen; whether it is thawed for certain now.
 
     An answer to the thaw also proves that a freeze which timed out before has been processed, as
-    the agent takes its commands in order. A domain that is off or gone is not frozen.
+    the agent takes its commands in order. A domain that is off or gone is not frozen. `timeout` is
+    in seconds.
     """
     try:
-        domain = world.hypervisor.read(held.domain_uuid)
+        domain = hypervisor.read(held.domain_uuid)
     except NoSuchDomain:
         return True
     except SnapdError as error:
@@ -66,9 +70,9 @@ def thaw(world: World, held: Held) -> bool:
         return False
     if not domain.active or domain.agent is None:
         return True
-    agent = world.hypervisor.agent(domain, held.agent_timeout)
+    agent = hypervisor.agent(domain, held.agent_timeout)
     try:
-        count = agent.thaw(world.config.agent_timeout_s)
+        count = agent.thaw(timeout)
     except (AgentGone, AgentTimeout, AgentRefused, SnapdError) as error:
         log.debug("domain %s is not thawed yet: %s", held.domain_name, error)
         return False

@@ -30,13 +30,18 @@ class Hypervisor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """See the top of the file. `reach` is told of every step of an operation, in any thread."""
+    """See the top of the file. `reach` is told of every step of an operation, in any thread.
+
+    What runs in `executor` may hand work to `beside` and wait for it; what runs there hands out
+    none, so that no thread waits for one that waits for it.
+    """
 
     config: Config
     hypervisor: Hypervisor
     methods: Mapping[str, Method]
     journal: Journal
     executor: ThreadPoolExecutor
+    beside: ThreadPoolExecutor
     reach: Callable[[Step | DeleteStep], None]
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -44,7 +44,7 @@ class Hypervisor(Protocol):
     def redefine_disk(
         self, uuid: str, target: str, path: str, disk_type: str, image_format: str
     ) -> None: ...
-    def locked(self, path: str, image_format: str) -> bool: ...
+    def writes_to(self, uuid: str, overlay: str) -> bool: ...
     def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None: ...
     def drop_nodes(self, uuid: str, overlay: str) -> None: ...
     def user_of(self, path: str, uuid: str, target: str) -> str: ...
@@ -63,10 +63,13 @@ class Unwatched:
         """Nobody wanted to."""
 
 
-def undo(hypervisor: Hypervisor, layer: Layer, disk: str, tag: Tag, *, in_order: bool) -> bool:
+def undo(
+    hypervisor: Hypervisor, layer: Layer, disk: str, tag: Tag, *, in_order: bool, again: bool
+) -> bool:
     """Take back a Create; whether anything was there. See Method.undo and `_undo`.
 
-    `in_order`: QEMU has no node of the overlay that libvirt does not know.
+    `in_order`: QEMU has no node of the overlay that libvirt does not know. `again`: an earlier undo
+    may have been cut off.
     """
     removed = _unlink(hypervisor, layer, layer.draft(tag))
     if layer.inode is None:  # killed before it had a name
@@ -74,22 +77,22 @@ def undo(hypervisor: Hypervisor, layer: Layer, disk: str, tag: Tag, *, in_order:
     current = storage.file_id(layer.path)
     if current is None:
         return removed
-    if current != layer.inode:
+    if own_id(layer) is None:
         log.warning("%s is not the overlay that we made; left alone", layer.path)
         return removed
-    _undo(hypervisor, layer, disk, in_order=in_order)
+    _undo(hypervisor, layer, disk, in_order=in_order, again=again)
     return _unlink(hypervisor, layer, os.path.basename(layer.path)) or removed
 
 
-def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) -> None:
+def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool, again: bool) -> None:
     """Bring the domain back to the origin, whatever it uses now, or raise.
 
-    libvirt says  | locked: origin, overlay | what happened             | so
-    overlay, live | -                       | switched                  | commit and pivot
-    overlay, off  | -                       | switched, and ended since | keep what has data
-    origin, live  | yes, no or yes          | not switched              | remove nodes, if any
-    origin, live  | no, yes                 | switched behind libvirt   | commit by the monitor
-    origin, off   | -                       | ended since; data tells   | keep what has data
+    libvirt says  | QEMU writes to | what happened                  | so
+    overlay, live | overlay        | switched                       | commit and pivot
+    overlay, off  | -              | switched, and ended since      | keep what has data
+    origin, live  | origin         | not switched, or undone before | remove nodes, if any
+    origin, live  | overlay        | switched behind libvirt        | commit by the monitor
+    origin, off   | -              | ended since; data tells        | keep what has data
     """
     try:
         # Waits for the end of a switch that a client, killed meanwhile, has begun.
@@ -108,8 +111,13 @@ def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) ->
         _define_origin(hypervisor, layer, disk)
     elif path == layer.origin and domain.active:
         if not in_order:
-            _settle_nodes(hypervisor, layer, disk)
+            # In the very run of QEMU that had switched, an overlay can only have been left by a
+            # commit: one of ours that was cut off before the overlay was removed.
+            committed = again and domain.id == layer.instance
+            _settle_nodes(hypervisor, layer, disk, committed=committed)
         _define_origin(hypervisor, layer, disk)
+    elif path == layer.origin and again:
+        _refuse_if_written(layer, "an undo was cut off and the domain has ended since")
     elif path == layer.origin:
         if overlay.written(layer.path):
             # QEMU had switched, and ended before libvirt knew: those writes are the guest's.
@@ -124,14 +132,14 @@ def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool) ->
         _keep_if_written(layer, f"disk {disk} has another image now")
 
 
-def _settle_nodes(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
-    locked = hypervisor.locked(layer.path, "qcow2")
-    if locked and not hypervisor.locked(layer.origin, layer.origin_format):
+def _settle_nodes(hypervisor: Hypervisor, layer: Layer, disk: str, *, committed: bool) -> None:
+    if hypervisor.writes_to(layer.domain, layer.path):
         log.warning("QEMU writes to the overlay of disk %s unknown to libvirt", disk)
         hypervisor.commit_behind(layer.domain, layer.path, _MEND_LIMIT_S)
-    else:
+        return
+    if not committed:
         _refuse_if_written(layer, "the domain runs on its base")
-        hypervisor.drop_nodes(layer.domain, layer.path)
+    hypervisor.drop_nodes(layer.domain, layer.path)
 
 
 def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
@@ -174,21 +182,34 @@ def _check_space(layer: Layer) -> None:
 def delete(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> None:
     """Commit the overlay of a snapshot that stands, and unlink it once nobody uses it."""
     _commit(hypervisor, layer, disk, watch)
-    if storage.file_id(layer.path) == layer.inode:
-        if hypervisor.locked(layer.path, "qcow2"):
+    if own_id(layer) is not None:
+        if storage.write_locked(layer.path):
             raise Busy("The overlay is still open for writing; its removal is tried again.")
         _unlink(hypervisor, layer, os.path.basename(layer.path))
 
 
+def own_id(layer: Layer) -> storage.FileId | None:
+    """What the overlay's path stands for, if it is still the overlay that we made.
+
+    The inode and the header are compared: the number of a device may be another after a reboot.
+    """
+    found = storage.file_id(layer.path)
+    if found is None or layer.inode is None or found.inode != layer.inode.inode:
+        return None
+    below = next(storage.backing_chain(layer.path), "")
+    return found if below else None
+
+
 def in_use(domain: Domain, layer: Layer, disk: str) -> Disk | None:
     """The disk, if the overlay is its image or in its chain."""
-    if layer.inode is None:
+    own = own_id(layer)
+    if own is None:
         return None
     found = domain.disk(disk)
     if found is None:
         return None
     chain = {storage.file_id(path) for path in (found.path, *storage.backing_chain(found.path))}
-    return found if layer.inode in chain else None
+    return found if own in chain else None
 
 
 def _commit(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> None:
@@ -244,7 +265,7 @@ def _above(layer: Layer, disk: Disk) -> str:
     """The image whose backing file is the overlay; '' if the overlay is the active one."""
     chain = [disk.path, *storage.backing_chain(disk.path)]
     for above, below in itertools.pairwise(chain):
-        if storage.file_id(below) == layer.inode:
+        if storage.file_id(below) == own_id(layer):
             return above
     return ""
 

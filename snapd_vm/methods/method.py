@@ -77,9 +77,10 @@ class Method(Protocol):
         `domain` is as libvirt has just described it; None: it is read anew.
         """
 
-    def undo(self, target: Target, tag: Tag) -> bool:
+    def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         """Take back what a Create did, however far it came; the disk's present contents stay.
 
+        `again`: it may have been tried before, and cut off.
         False: nothing was there. Raises Kept where the snapshot can't be taken back and stands.
         """
 

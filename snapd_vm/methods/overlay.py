@@ -36,7 +36,7 @@ def make(folder: int, draft: str, origin: str, origin_format: str, size: int) ->
             origin_format,
             size,
         ):
-            raise StorageFailed(f"The overlay of {origin} came out wrong: {header}.")
+            raise StorageFailed(f"The overlay of {origin} does not read as it was written.")
         _take_after(fd, origin)
         os.fsync(fd)
         os.fsync(folder)

@@ -17,6 +17,7 @@ from snapd_vm import qcow2, storage
 from snapd_vm.errors import (
     Busy,
     HypervisorUnavailable,
+    InvalidName,
     InvalidState,
     MethodNotSupported,
     NameInUse,
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 _RESERVE = 1 << 20
 """Bytes that must be free beyond the overlay's own first size: an overlay that can't grow stops
 the guest at its next write."""
+
+
+_LONGEST_NAME = 255  # NAME_MAX of Linux's file systems
 
 
 class Hypervisor(commit.Hypervisor, Protocol):
@@ -96,7 +100,7 @@ class Qemu:
                 "origin_type": disk.type,
                 "origin_format": disk.format,
                 "persistent": follows or not domain.active,
-                "overlay": self._overlay_path(disk, request, tag),
+                "overlay": _fit(self._overlay_path(disk, request, tag)),
                 "others": [d.target for d in domain.disks if d.target != disk.target],
             },
         )
@@ -112,7 +116,8 @@ class Qemu:
                     "The overlay must be in the disk's own folder or in a folder of "
                     "qemu.overlay_dirs."
                 )
-            return named
+            # As it was looked at: what a caller's path leads to may change.
+            return os.path.join(folder, os.path.basename(named))
         if not own and not self._overlay_dirs:
             raise MethodNotSupported(
                 f"Disk {disk.target} is a block device; say in the method's XML where the overlay "
@@ -176,7 +181,7 @@ class Qemu:
                 "The domain is off and has checkpoints, with which libvirt takes no disk snapshot; "
                 "start it or delete them."
             )
-        if self._hypervisor.locked(found.origin, found.origin_format):
+        if storage.write_locked(found.origin):
             raise Busy(f"The image of disk {disk} is open for writing by another process.")
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
@@ -230,8 +235,10 @@ class Qemu:
             domain = domain or self._hypervisor.read(found.domain)
         except NoSuchDomain:
             return False
-        if commit.in_use(domain, found, target.disk) is None:
+        live = commit.in_use(domain, found, target.disk)
+        if live is None or live.mirror:  # a mirror: it is being committed away
             return False
+        self._in_order.discard(tag.uuid)
         if domain.active and found.persistent:
             persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
             if persistent is not None and _same_file(persistent.path, found.origin):
@@ -246,10 +253,13 @@ class Qemu:
                 )
         return True
 
-    def undo(self, target: Target, tag: Tag) -> bool:
+    def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         """See Method and commit.undo."""
         in_order = tag.uuid in self._in_order
-        return commit.undo(self._hypervisor, Layer.of(target), target.disk, tag, in_order=in_order)
+        self._in_order.discard(tag.uuid)
+        return commit.undo(
+            self._hypervisor, Layer.of(target), target.disk, tag, in_order=in_order, again=again
+        )
 
     def check_delete(self, target: Target, tag: Tag) -> None:
         """See Method and commit.check_delete."""
@@ -287,6 +297,15 @@ class Qemu:
             return "ready"
         below = {storage.file_id(p) for p in (*taken.chain, *storage.backing_chain(taken.path))}
         return "ready" if origin in below else "detached"
+
+
+def _fit(path: str) -> str:
+    if len(os.fsencode(os.path.basename(path))) > _LONGEST_NAME:
+        raise InvalidName(
+            f"The overlay's file name would be longer than {_LONGEST_NAME} bytes; choose a shorter "
+            "name."
+        )
+    return path
 
 
 def _same_file(path: str, other: str) -> bool:

@@ -123,5 +123,5 @@ def _agent_error(error: libvirt.libvirtError) -> AgentGone | AgentTimeout | Agen
     if code in _GONE:
         return AgentGone(message)
     if code == libvirt.VIR_ERR_INTERNAL_ERROR and (error.get_error_domain() not in LOST_DOMAINS):
-        return AgentRefused(message, frozen_already="frozen" in message)
+        return AgentRefused(message, frozen_already="disabled" in message and "frozen" in message)
     return None

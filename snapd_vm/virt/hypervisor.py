@@ -111,9 +111,9 @@ class Hypervisor:
                 domainxml.replace_source(xml, target, path, disk_type, image_format)
             )
 
-    def locked(self, path: str, image_format: str) -> bool:
-        """Whether a process has the image open for writing."""
-        return mend.locked(path, image_format)
+    def writes_to(self, uuid: str, overlay: str) -> bool:
+        """Whether QEMU itself says that a running domain writes to `overlay`."""
+        return mend.Monitor(self._pool, uuid).writes_to(overlay)
 
     def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None:
         """Commit an overlay that QEMU writes to unknown to libvirt, and drop it."""

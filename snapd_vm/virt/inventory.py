@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import libvirt
 
-from snapd_vm.errors import HypervisorUnavailable, NoSuchDomain
+from snapd_vm.errors import HypervisorUnavailable, NoSuchDomain, SnapdError
 from snapd_vm.model import Domain
 from snapd_vm.virt.connection import ConnectionPool, open_connection, snapd_error, start_event_loop
 from snapd_vm.virt.hypervisor import read_domain
@@ -61,6 +61,8 @@ class Inventory:
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
         self._first_try = asyncio.Event()
+        self._opening: asyncio.Future[libvirt.virConnect] | None = None
+        self._early: set[str] | None = None  # domains with events while all are being read
 
     async def start(self) -> None:
         """Connect and go on keeping connected; returns after the first try, whatever it gave."""
@@ -76,10 +78,7 @@ class Inventory:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await self._run(_close, connection)
-        self._pool.drop()
+        await self._disconnect()
 
     async def refresh(self, uuid: str) -> Domain:
         """Read a domain again now, tell of what changed, and return it. Raises NoSuchDomain."""
@@ -114,8 +113,8 @@ class Inventory:
         delay = _FIRST_DELAY_S
         while True:
             try:
-                await asyncio.wait_for(self._connect(), _OPEN_LIMIT_S)
-            except (libvirt.libvirtError, TimeoutError) as error:
+                await self._connect()
+            except Exception as error:  # whatever it is, there is nothing but to try again
                 log.log(
                     logging.WARNING if delay == _FIRST_DELAY_S else logging.DEBUG,
                     "libvirt at %s can't be reached: %s",
@@ -123,6 +122,7 @@ class Inventory:
                     error,
                 )
                 self._first_try.set()
+                await self._disconnect()
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, _LONGEST_DELAY_S)
                 continue
@@ -134,11 +134,14 @@ class Inventory:
             await self._keep_reading()
             log.warning("the connection to libvirt at %s is lost", self._uri)
             self.connected = False
-            connection, self._connection = self._connection, None
             self._out.connection_changed(False)
-            if connection is not None:
-                await self._run(_close, connection)
-            await self._run(self._pool.drop)
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await self._run(_close, connection)
+        await self._run(self._pool.drop)
 
     async def _keep_reading(self) -> None:
         """Read all domains now and again, until the connection is closed."""
@@ -157,10 +160,21 @@ class Inventory:
                 self._reading.add(uuid)
                 await self._reread_now(uuid)
 
+    async def _open(self) -> libvirt.virConnect:
+        """A new connection. libvirt.open has no limit of its own: one try is under way at most."""
+        if self._opening is None:
+            self._opening = self._loop.run_in_executor(self._executor, open_connection, self._uri)
+        done, _ = await asyncio.wait([self._opening], timeout=_OPEN_LIMIT_S)
+        if not done:
+            raise TimeoutError("libvirt accepts the connection and does not answer")
+        opening, self._opening = self._opening, None
+        return opening.result()
+
     async def _connect(self) -> None:
         self._closed.clear()
-        connection = await self._run(open_connection, self._uri)
+        connection = await self._open()
         self._connection = connection
+        self._early = set()
         if connection.getType().lower() == "test":
             self._pool.share(connection)
         await self._run(self._register, connection)
@@ -169,6 +183,9 @@ class Inventory:
             self._put(uuid, None)
         for domain in found:
             self._put(domain.uuid, domain)
+        early, self._early = self._early, None
+        for uuid in early or ():  # what was read may be older than these events
+            self._reread(uuid)
 
     def _register(self, connection: libvirt.virConnect) -> None:
         """Subscribe to the events that change what we hold; called in a thread."""
@@ -221,6 +238,9 @@ class Inventory:
 
     def _reread(self, uuid: str) -> None:
         """Read the domain again soon; events that come meanwhile cause one more reading."""
+        if self._early is not None:
+            self._early.add(uuid)
+            return
         if uuid in self._reading:
             self._again.add(uuid)
             return
@@ -237,7 +257,7 @@ class Inventory:
                     await self.refresh(uuid)
                 except NoSuchDomain:
                     pass
-                except HypervisorUnavailable as error:
+                except SnapdError as error:
                     log.debug("domain %s was not read: %s", uuid, error)
                 if uuid not in self._again:
                     return

@@ -15,29 +15,10 @@ from typing import Any
 
 import libvirt_qemu
 
-from snapd_vm import command
 from snapd_vm.errors import StorageFailed, TimedOut
 from snapd_vm.virt.connection import ConnectionPool
 
 log = logging.getLogger(__name__)
-
-
-def locked(path: str, image_format: str) -> bool:
-    """Whether a process has the image open for writing, as QEMU's image lock tells.
-
-    `qemu-img info` without -U fails then. Raises StorageFailed if it fails for another reason.
-    """
-    try:
-        result = command.run(
-            ["qemu-img", "info", "-f", image_format, path], timeout=20, check=False
-        )
-    except command.CommandError as error:
-        raise StorageFailed(f"{error}.") from error
-    if result.status == 0:
-        return False
-    if "lock" in result.stderr:
-        return True
-    raise StorageFailed(f"The image {path} can't be examined: {result.stderr.strip()[-200:]}.")
 
 
 class Monitor:
@@ -46,6 +27,12 @@ class Monitor:
     def __init__(self, pool: ConnectionPool, uuid: str) -> None:
         self._pool = pool
         self._uuid = uuid
+
+    def writes_to(self, overlay: str) -> bool:
+        """Whether `overlay` is the active image of one of QEMU's devices (query-block)."""
+        devices = self._execute("query-block")
+        files = [device.get("inserted", {}).get("file", "") for device in devices]
+        return overlay in [_local_file(file) for file in files]
 
     def commit_behind(self, overlay: str, timeout: float) -> None:
         """Commit `overlay`, which QEMU writes to unknown to libvirt, into its base, and drop it.

@@ -61,7 +61,7 @@ class Slow:
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         return tag.uuid in self._taken
 
-    def undo(self, target: Target, tag: Tag) -> bool:
+    def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         there = tag.uuid in self._taken
         self._taken.discard(tag.uuid)
         return there
@@ -70,7 +70,7 @@ class Slow:
         pass
 
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
-        self.undo(target, tag)
+        self.undo(target, tag, again=False)
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
         return None
