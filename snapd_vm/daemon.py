@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ _RECOVERY_LIMIT_S = 20.0
 _STOP_LIMIT_S = 60.0
 _THAW_LIMIT_S = 30.0
 _THREADS = 64
+_THREAD_NAME = "work"
+_LAST_CALLS_S = 2.0
 
 MethodTable = Callable[[Config, Hypervisor], Mapping[str, Method]]
 
@@ -56,9 +59,27 @@ def run(config_path: str | None) -> int:
         log.critical("%s", error)
         return 1
     try:
-        return asyncio.run(serve(settings, journal))
+        status = asyncio.run(serve(settings, journal))
     finally:
         journal.close()
+    _leave_hung_threads(status)
+    return status
+
+
+def _leave_hung_threads(status: int) -> None:
+    """End the process here if a thread does not come back from a call, as to a hung libvirtd.
+
+    All that was to be finished is; but at its end Python waits for every thread of an executor, and
+    libvirt can't be told to give up opening a connection.
+    """
+    deadline = time.monotonic() + _LAST_CALLS_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(_THREAD_NAME):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("ended while a call to libvirt had not returned")
+                logging.shutdown()
+                os._exit(status)
 
 
 async def serve(
@@ -68,7 +89,7 @@ async def serve(
     reach: Callable[[Step], None] = lambda _step: None,
 ) -> int:
     """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
-    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="work")
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)
     pool = ConnectionPool(settings.uri)
     hypervisor = Hypervisor(pool)
     world = World(settings, hypervisor, methods(settings, hypervisor), journal, executor, reach)
@@ -86,6 +107,7 @@ async def serve(
     except (CallFailed, ConnectionLost, NameTaken, OSError, SnapdError) as error:
         log.critical("%s", error)
         await engine.close(0)
+        executor.shutdown(wait=False, cancel_futures=True)
         return 1
     _notify("READY=1")
     log.info("serving on the system bus, version %s", __version__)

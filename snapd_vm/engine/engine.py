@@ -46,6 +46,7 @@ from snapd_vm.virt.inventory import Inventory
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 _AT_ONCE = 8
 """Creates at work at the same time; others wait. libvirtd serves 20 calls at a time in all, and
 each hung agent holds one of them for as long as its timeout."""
@@ -99,7 +100,10 @@ class Engine:
         self._shelf.listeners.append(listener)
 
     def find(self, request: Request) -> Found:
-        return select.find(self.domains, request)
+        found = select.find(self.domains, request)
+        if found.domain is None and not self.connected:
+            return Found(error=HypervisorUnavailable(_NOT_CONNECTED))  # it may well be there
+        return found
 
     # -- start and end ---------------------------------------------------------------------------
 
@@ -138,8 +142,6 @@ class Engine:
     # -- Create and its kin ----------------------------------------------------------------------
 
     async def create(self, found: Found, request: Request) -> Snapshot:
-        if found.domain is None:
-            self._require_connection()  # without libvirt we may know of no domain at all
         uuid = _domain_of(found)
         return await self._shielded(self._create(uuid, _pinned(found, request)))
 
@@ -263,7 +265,7 @@ class Engine:
 
     def _require_connection(self) -> None:
         if not self.connected:
-            raise HypervisorUnavailable("libvirt is not connected; try again when it is back.")
+            raise HypervisorUnavailable(_NOT_CONNECTED)
 
     async def _refreshed(self, uuid: str) -> None:
         """Read the domain again now, so that memory is true before the caller is answered."""

@@ -45,6 +45,7 @@ class Keeper:
         self._refreshed = refreshed
         self._operations: dict[str, Operation] = {}
         self._held: dict[str, Held] = {}
+        self._settling: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self.tried = asyncio.Event()
 
@@ -61,27 +62,45 @@ class Keeper:
 
     async def keep_recovering(self) -> None:
         """Thaw and settle, now and whenever it is called for, for ever; `tried` after the first."""
-        while True:
-            self._wake.clear()
-            try:
-                await self._recover()
-            except SnapdError as error:
-                log.error("recovery goes on later: %s", error)
-            self.tried.set()
-            waits = _RETRY_S if self._held or self._operations else None
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), waits)
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    await self._recover()
+                except SnapdError as error:
+                    log.error("recovery goes on later: %s", error)
+                if not self._settling:
+                    self.tried.set()
+                waits = _RETRY_S if self._held or self._operations else None
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), waits)
+        finally:
+            for task in self._settling.values():
+                task.cancel()
 
     async def _recover(self) -> None:
-        """Thaw what is held and settle what was begun, as far as it can be done now."""
+        """Thaw what is held and settle what was begun, as far as it can be done now.
+
+        Each operation has a task of its own, as libvirt's calls wait for a QEMU that hangs for as
+        long as it does, and no other guest is to stay frozen for that.
+        """
         if not self._connected():
             return
-        for held in list(self._held.values()):
-            await self._release(held)
-        for operation in list(self._operations.values()):
+        await asyncio.gather(*(self._release(held) for held in list(self._held.values())))
+        for uuid, operation in self._operations.items():
+            if uuid not in self._settling:
+                self._settling[uuid] = asyncio.create_task(self._settle_open(operation))
+        if self._settling:
+            await asyncio.wait(list(self._settling.values()), timeout=_RETRY_S)
+
+    async def _settle_open(self, operation: Operation) -> None:
+        uuid = operation.tag.uuid
+        try:
             if await self._settle(operation, keep=not operation.failed):
-                del self._operations[operation.tag.uuid]
+                del self._operations[uuid]
                 self._locks.unblock(operation.tag.domain_uuid)
+        finally:
+            del self._settling[uuid]
 
     def hold(self, held: Held) -> None:
         """Go on thawing this guest until its agent answers; the journal has it already."""
