@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ _RECOVERY_LIMIT_S = 20.0
 _STOP_LIMIT_S = 60.0
 _THAW_LIMIT_S = 30.0
 _THREADS = 64
+_THREAD_NAME = "work"
+_LAST_CALLS_S = 2.0
 
 MethodTable = Callable[[Config, Hypervisor], Mapping[str, Method]]
 
@@ -57,10 +60,28 @@ def run(config_path: str | None) -> int:
         log.critical("%s", error)
         return 1
     try:
-        return asyncio.run(serve(settings, journal))
+        status = asyncio.run(serve(settings, journal))
     finally:
         journal.close()
         os.close(alone)
+    _leave_hung_threads(status)
+    return status
+
+
+def _leave_hung_threads(status: int) -> None:
+    """End the process here if a thread does not come back from a call, as to a hung libvirtd.
+
+    All that was to be finished is; but at its end Python waits for every thread of an executor, and
+    libvirt can't be told to give up opening a connection.
+    """
+    deadline = time.monotonic() + _LAST_CALLS_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(_THREAD_NAME):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("ended while a call to libvirt had not returned")
+                logging.shutdown()
+                os._exit(status)
 
 
 async def serve(
@@ -70,10 +91,10 @@ async def serve(
     reach: Callable[[Step | DeleteStep], None] = lambda _step: None,
 ) -> int:
     """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
-    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="work")
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)
     pool = ConnectionPool(settings.uri)
     hypervisor = Hypervisor(pool)
-    beside = ThreadPoolExecutor(_THREADS, thread_name_prefix="beside")
+    beside = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"{_THREAD_NAME}-beside")
     table = methods(settings, hypervisor)
     world = World(settings, hypervisor, table, journal, executor, beside, reach)
     engine = Engine(world, settings.uri)
@@ -90,6 +111,8 @@ async def serve(
     except (CallFailed, ConnectionLost, NameTaken, OSError, SnapdError) as error:
         log.critical("%s", error)
         await engine.close(0)
+        for threads in (executor, beside):
+            threads.shutdown(wait=False, cancel_futures=True)
         return 1
     _notify("READY=1")
     log.info("serving on the system bus, version %s", __version__)

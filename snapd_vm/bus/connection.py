@@ -269,7 +269,12 @@ def decode(message: Incoming, signature: str) -> list[Any]:
     reader: Any = Unmarshaller(None)  # type: ignore[no-untyped-call]
     reader.buf = bytearray(message.body)
     reader.endian = ord("l") if message.little_endian else ord("B")
-    return [reader.read_argument(kind) for kind in SignatureTree._get(signature).types]
+    try:
+        return [reader.read_argument(kind) for kind in SignatureTree._get(signature).types]
+    finally:
+        # It holds bound methods of its own, a cycle: the body, of up to 32 MiB from anybody, would
+        # stay until the collector comes round.
+        reader.buf = bytearray()
 
 
 def _marshalled(entry: Entry, signature: str) -> bytes:

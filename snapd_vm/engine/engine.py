@@ -53,6 +53,7 @@ from snapd_vm.virt.inventory import Inventory
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 _AT_ONCE = 8
 """Creates at work at the same time; others wait. libvirtd serves 20 calls at a time in all, and
 each hung agent holds one of them for as long as its timeout."""
@@ -113,7 +114,10 @@ class Engine:
         self._jobs.listeners.append(listener)
 
     def find(self, request: Request) -> Found:
-        return select.find(self.domains, request)
+        found = select.find(self.domains, request)
+        if found.domain is None and not self.connected:
+            return Found(error=HypervisorUnavailable(_NOT_CONNECTED))  # it may well be there
+        return found
 
     # -- start and end ---------------------------------------------------------------------------
 
@@ -157,8 +161,6 @@ class Engine:
     # -- Create and its kin ----------------------------------------------------------------------
 
     async def create(self, found: Found, request: Request, uid: int) -> Snapshot:
-        if found.domain is None:
-            self._require_connection()  # without libvirt we may know of no domain at all
         uuid = _domain_of(found)
         running = self._jobs.begin(
             "create",
@@ -393,7 +395,7 @@ class Engine:
         if self._closing:
             raise Cancelled("The daemon is stopping; try again when it is back.")
         if not self.connected:
-            raise HypervisorUnavailable("libvirt is not connected; try again when it is back.")
+            raise HypervisorUnavailable(_NOT_CONNECTED)
 
     async def _refreshed(self, uuid: str) -> None:
         """Read the domain again now, so that memory is true before the caller is answered."""

@@ -50,6 +50,7 @@ class Keeper:
         self._refreshed = refreshed
         self._operations: dict[str, Operation] = {}
         self._held: dict[str, Held] = {}
+        self._settling: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._settle_now = asyncio.Event()
         self.thawed = asyncio.Event()
@@ -93,16 +94,21 @@ class Keeper:
     async def keep_settling(self) -> None:
         """Settle what was begun, once the thaws were tried, for ever; `tried` after the first time.
 
-        What can't be settled is tried again after a while, which grows.
+        Each operation has a task of its own, as libvirt's calls wait for a QEMU that hangs for as
+        long as it does. What can't be settled is tried again after a while, which grows.
         """
         await self.thawed.wait()
         pause = _RETRY_S
         while True:
             self._settle_now.clear()
             if self._connected():
-                for operation in list(self._operations.values()):
-                    await self._try_to_settle(operation)
-            self.tried.set()
+                for uuid, operation in self._operations.items():
+                    if uuid not in self._settling:
+                        self._settling[uuid] = asyncio.create_task(self._try_to_settle(operation))
+                if self._settling:
+                    await asyncio.wait(list(self._settling.values()), timeout=_RETRY_S)
+            if not self._settling:
+                self.tried.set()
             pause = min(pause * 2, _LONGEST_RETRY_S) if self._operations else _RETRY_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settle_now.wait(), pause if self._operations else None)
@@ -117,6 +123,8 @@ class Keeper:
         except Exception:  # one that can't be settled keeps no other from it
             log.exception("operation %s is tried again", operation.tag.uuid)
             return
+        finally:
+            del self._settling[operation.tag.uuid]
         if done:
             del self._operations[operation.tag.uuid]
             self._locks.unblock(operation.tag.domain_uuid)

@@ -86,8 +86,8 @@ def _snapshots(lab: Lab, ours: Path, count: int, rounds: int) -> list[Seen]:
     guest.remove()
     plural = "s"[: count - 1]
     print(
-        f"\n{count} file system{plural} on {count} disk{plural}, {TARGET} taken: {rounds} rounds in "
-        f"{time.monotonic() - began:.0f} s; our daemon has {rss:.0f} MB resident at the end"
+        f"\n{count} file system{plural} on {count} disk{plural}, {TARGET} taken: {rounds} rounds in"
+        f" {time.monotonic() - began:.0f} s; our daemon has {rss:.0f} MB resident at the end"
     )
     _say_how_quiet("with the guest", QUIET + 1.5)
     return seen
