@@ -27,8 +27,8 @@ from snapd_vm.bus.remote import (
     ADD_MATCH,
     ANSWER_LIMIT_S,
     BUS,
+    GET_ID,
     LEAVING,
-    PING,
     REMOVE_MATCH,
     REQUEST_NAME,
     CallFailed,
@@ -147,7 +147,7 @@ class Connection:
         if self.connected:
             try:
                 # The answer comes after everything before it has been written and taken.
-                await self.call(PING, [], limit)
+                await self.call(GET_ID, [], limit)
             except (CallFailed, TimeoutError, ConnectionLost):
                 log.warning("the bus did not take our last messages")
         self._reader.stop()

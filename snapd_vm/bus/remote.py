@@ -20,9 +20,9 @@ class Remote:
     gives: str
 
 
-def _of_bus(member: str, takes: str, gives: str, interface: str = "") -> Remote:
+def _of_bus(member: str, takes: str, gives: str) -> Remote:
     name = "org.freedesktop.DBus"
-    return Remote(name, "/org/freedesktop/DBus", name + interface, member, takes, gives)
+    return Remote(name, "/org/freedesktop/DBus", name, member, takes, gives)
 
 
 BUS = "org.freedesktop.DBus"
@@ -30,7 +30,7 @@ REQUEST_NAME = _of_bus("RequestName", "su", "u")
 CONNECTION_USER = _of_bus("GetConnectionUnixUser", "s", "u")
 ADD_MATCH = _of_bus("AddMatch", "s", "")
 REMOVE_MATCH = _of_bus("RemoveMatch", "s", "")
-PING = _of_bus("Ping", "", "", ".Peer")
+GET_ID = _of_bus("GetId", "", "s")
 LEAVING = (
     "type='signal',sender='org.freedesktop.DBus',path='/org/freedesktop/DBus',"
     "interface='org.freedesktop.DBus',member='NameOwnerChanged',arg2=''"

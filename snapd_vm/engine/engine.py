@@ -58,8 +58,7 @@ _AT_ONCE = 8
 """Creates at work at the same time; others wait. libvirtd serves 20 calls at a time in all, and
 each hung agent holds one of them for as long as its timeout."""
 _PLANS_AT_ONCE = 4
-"""Plans likewise, so that they hold up no Create. Each of both waits in one thread of the pool for
-another, so that all of them together must stay well below half of its size."""
+"""Plans likewise; apart from Creates, so that they hold up none."""
 
 
 class Engine:

@@ -295,7 +295,8 @@ class Qemu:
             return "detached"
         if found.origin in taken.chain:  # a live domain's; of one that is off, libvirt tells none
             return "ready"
-        below = {storage.file_id(p) for p in (*taken.chain, *storage.backing_chain(taken.path))}
+        read = storage.backing_chain(taken.path) if taken.format != "raw" else ()
+        below = {storage.file_id(path) for path in (*taken.chain, *read)}
         return "ready" if origin in below else "detached"
 
 

@@ -134,7 +134,7 @@ async def test_qemu_killed_at(
         assert [row["State"] for row in snapshots.values()] == ["ready"]
         assert file_of(own, INACTIVE) == answer.overlay
         assert len(files_of(own)) == len(files) + 1
-    assert not held_in(faulty)
+    wait_until("it is released", lambda: not held_in(faulty), 30)
     own.control.close()
     own.start()
     assert own.read("vda", "mark") == "before"
@@ -244,7 +244,7 @@ async def test_an_operation_is_left_over_and_libvirtd_is_away(
     own.writes_go_on(30)
     assert not own.agent_says_frozen()
     await not_busy(api, own)
-    assert not held_in(away)
+    wait_until("it is released", lambda: not held_in(away), 30)
     (row,) = (await api.snapshots_of(own)).values()
     assert (row["Name"], row["State"], row["Consistency"]) == ("left", "ready", "crash")
     assert images.info(active_file(own))["backing-filename"] == base

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from snapd_vm import command
 from snapd_vm.engine.journal import Step
 from tests.lab.blockdev import Mounted
 from tests.lab.deadline import wait_until
@@ -265,54 +266,46 @@ def test_a_configuration_that_is_wrong(faulty: Lab, config: dict[str, Any], word
 # -- qemu-img ------------------------------------------------------------------------------------
 
 
-def with_program(stand_in: Path) -> tuple[str, ...]:
-    """The daemon, to which alone `stand_in` is qemu-img."""
+def with_program(stand_in: Path, *argv: str) -> tuple[str, ...]:
+    """A daemon to which alone `stand_in` is qemu-img."""
     program = shutil.which("qemu-img") or ""
     script = f'mount --bind "{stand_in}" {program}; exec "$@"'
-    return ("unshare", "--mount", "--propagation", "slave", "sh", "-ec", script, "sh", *DAEMON)
+    return ("unshare", "--mount", "--propagation", "slave", "sh", "-ec", script, "sh", *argv)
 
 
-def script(lab: Lab, name: str, text: str) -> Path:
-    path = lab.folder("programs") / name
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-async def test_qemu_img_is_not_there(
-    connect: Connect, faulty: Lab, guest: Guest, places: Places
-) -> None:
-    """A Create on a running guest does without; one on a guest that is off can't be sure then."""
-    empty = script(faulty, "empty", "")
-    empty.chmod(0o644)
-    faulty.daemon.start({}, argv=with_program(empty))
+@pytest.mark.parametrize("how", ["is not there", "fails", "talks nonsense"])
+async def test_qemu_img(connect: Connect, faulty: Lab, places: Places, how: str) -> None:
+    """Create does without; what it can't look into then is not undone, and not lost sight of."""
+    stand_in = faulty.folder("programs") / how.replace(" ", "-")
+    stand_in.write_text(f"#!/bin/sh\necho nonsense; exit {int(how == 'fails')}\n")
+    stand_in.chmod(0o644 if how == "is not there" else 0o755)
+    argv = (*FAULTY, "--at", Step.ARMED, "--do", "raise")
+    faulty.daemon.start({}, argv=with_program(stand_in, *argv))
     api = await connect()
-    off = places.guest()
+    guest, other = places.guest(), places.guest()
     await places.known(api)
-    assert "qemu-img is not installed" in (await unchanged(api, off, "StorageFailed")).text
-    assert (await api.create(guest, flags=QUIESCE_REQUIRED)).ours("consistency") == "quiesced"
-
-
-async def test_qemu_img_fails(connect: Connect, faulty: Lab, places: Places) -> None:
-    faulty.daemon.start({}, argv=with_program(script(faulty, "failing", "echo ouch >&2; exit 1")))
+    before = world(guest)
+    assert "A fault" in (await refused(api.create(guest), "StorageFailed")).text
+    assert world(guest)[:2] == before[:2]
+    await refused(api.create(guest), "Busy")
+    await api.create(other)
+    faulty.daemon.stop()
+    faulty.daemon.start({}, argv=DAEMON)
+    wait_until("it is settled", lambda: world(guest) == before, 30)
     api = await connect()
-    off = places.guest()
-    await places.known(api)
-    assert "ouch" in (await unchanged(api, off, "StorageFailed")).text
+    await api.create(guest)
 
 
-@pytest.mark.timeout(180)
-async def test_qemu_img_hangs(connect: Connect, faulty: Lab, places: Places) -> None:
-    """It is ended, with all that it started."""
-    faulty.daemon.start({}, argv=with_program(script(faulty, "hanging", "sleep 4321 & wait")))
-    api = await connect()
-    off = places.guest()
-    await places.known(api)
-    before = world(off)
-    error = await refused(api.create(off), "StorageFailed")
-    assert "did not end within" in error.text
-    assert world(off) == before
-    assert attempt(["pgrep", "-f", "^sleep 4321$"]).returncode == 1
+def test_a_program_that_hangs_is_ended_with_all_that_it_started() -> None:
+    started = time.monotonic()
+    with pytest.raises(command.CommandError, match="did not end within 1 s"):
+        command.run(["sh", "-c", "sleep 4321 & wait"], timeout=1)
+    assert time.monotonic() - started < 20
+    wait_until(
+        "the end of what it started",
+        lambda: attempt(["pgrep", "-f", "^sleep 4321$"]).returncode == 1,
+        10,
+    )
 
 
 # -- one at a time -------------------------------------------------------------------------------

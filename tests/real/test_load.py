@@ -153,6 +153,12 @@ def most_at_once(times: list[tuple[float, float]]) -> int:
     return max(itertools.accumulate(change for _, change in changes))
 
 
+def test_what_overlaps_is_counted() -> None:
+    """So that a `most_at_once` of 1 says something."""
+    assert most_at_once([(0, 1), (1, 2), (3, 4)]) == 1
+    assert most_at_once([(0, 2), (1, 3), (1.5, 1.6), (4, 5)]) == 3
+
+
 def journal_is_at_rest(lab: Lab) -> bool:
     """Whether nothing is open in it, and no guest is held."""
     journal = Journal(lab.daemon.state_dir)
@@ -281,7 +287,7 @@ class Sample:
         return (
             self.fds <= first.fds
             and self.tasks <= first.tasks
-            and self.threads <= first.threads + 2  # a pool that makes one when none is idle
+            and self.threads <= first.threads + 6  # a pool of 64 makes one when none is idle
             and self.resident_kib <= first.resident_kib + kib
         )
 
