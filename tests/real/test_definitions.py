@@ -18,7 +18,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real import images
-from tests.real.api import DOMAIN, QUIESCE_REQUIRED, SNAPSHOT, Api, Created, path_of
+from tests.real.api import DOMAIN, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created, path_of
 from tests.real.places import (
     CONFIG,
     INACTIVE,
