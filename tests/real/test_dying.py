@@ -267,12 +267,13 @@ async def test_what_is_not_settled_keeps_its_domain_busy_and_no_other(
         argv = (*FAULTY, "--at", Step.SWITCHED, "--do", f"wait:{flag}")
         away.daemon.start({"freeze_timeout_s": 2, "agent_timeout_s": 2}, argv=argv, wait=25)
         api = await connect()
-        await refused(api.create(own), "Busy")
+        assert "not been settled" in (await refused(api.create(own), "Busy")).text
         call = asyncio.create_task(api.create(guest))
         await asyncio.to_thread(wait_until, "the switch", flag.exists, 30)
         guest.stop_agent()
         flag.unlink()
         assert (await call).ours("consistency") == "crash"
+        await asyncio.sleep(5)  # longer than the agent's timeout
         assert guest.uuid in held_in(away)
         guest.cont_agent()
         wait_until("it is released", lambda: guest.uuid not in held_in(away), 30)

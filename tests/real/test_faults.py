@@ -287,7 +287,7 @@ async def test_qemu_img(connect: Connect, faulty: Lab, places: Places, how: str)
     before = world(guest)
     assert "A fault" in (await refused(api.create(guest), "StorageFailed")).text
     assert world(guest)[:2] == before[:2]
-    await refused(api.create(guest), "Busy")
+    assert "not been settled" in (await refused(api.create(guest), "Busy")).text
     await api.create(other)
     faulty.daemon.stop()
     faulty.daemon.start({}, argv=DAEMON)
