@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
 from collections.abc import Iterator
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_COUNT = 3
 _IDLE_CONNECTIONS = 4
+_OPEN_LIMIT_S = 20.0
+_HUNG_OPENINGS = 64
 
 _loop_lock = threading.Lock()
 _loop_started = False
@@ -70,6 +73,7 @@ class ConnectionPool:
         self._idle: list[libvirt.virConnect] = []
         # Two connections to a test driver are two worlds, unless they are one object.
         self._shared: libvirt.virConnect | None = None
+        self._hung = 0  # openings under way
 
     def share(self, connection: libvirt.virConnect) -> None:
         """Use `connection` for every call, where a second one would see other domains."""
@@ -88,7 +92,7 @@ class ConnectionPool:
                 _close(taken)
                 taken = None
             if taken is None:
-                taken = open_connection(self._uri)
+                taken = self._open()
             try:
                 yield taken
             finally:
@@ -98,6 +102,42 @@ class ConnectionPool:
                         self._idle.append(taken)
                 if not keep:
                     _close(taken)
+
+    def _open(self) -> libvirt.virConnect:
+        """A new connection within a limit, which libvirt.open has none of.
+
+        A libvirtd that accepts and does not answer leaves a thread behind, until it goes on or
+        ends; a few of those at the most.
+        """
+        with self._lock:
+            if self._hung >= _HUNG_OPENINGS:
+                raise LibvirtFailed("libvirt does not answer; try again later.", 0, lost=True)
+            self._hung += 1
+        answer: queue.SimpleQueue[libvirt.virConnect | BaseException] = queue.SimpleQueue()
+        abandoned = threading.Event()
+
+        def opening() -> None:
+            try:
+                found: libvirt.virConnect | BaseException = open_connection(self._uri)
+            except BaseException as error:  # it is raised by whoever waits
+                found = error
+            with self._lock:
+                self._hung -= 1
+            answer.put(found)
+            if abandoned.is_set() and not isinstance(found, BaseException):
+                _close(found)
+
+        threading.Thread(target=opening, name="libvirt-open", daemon=True).start()
+        try:
+            found = answer.get(timeout=_OPEN_LIMIT_S)
+        except queue.Empty:
+            abandoned.set()
+            raise LibvirtFailed(
+                f"libvirt has not answered for {_OPEN_LIMIT_S:g} s; try again later.", 0, lost=True
+            ) from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
     def drop(self) -> None:
         """Close all idle connections, as after libvirtd went away."""

@@ -115,9 +115,9 @@ class Hypervisor:
         """Whether QEMU itself says that a running domain writes to `overlay`."""
         return mend.Monitor(self._pool, uuid).writes_to(overlay)
 
-    def commit_behind(self, uuid: str, overlay: str, timeout: float) -> None:
+    def commit_behind(self, uuid: str, overlay: str, origin: str, timeout: float) -> None:
         """Commit an overlay that QEMU writes to unknown to libvirt, and drop it."""
-        mend.Monitor(self._pool, uuid).commit_behind(overlay, timeout)
+        mend.Monitor(self._pool, uuid).commit_behind(overlay, origin, timeout)
 
     def drop_nodes(self, uuid: str, overlay: str) -> None:
         """Close an overlay that QEMU has open, unused and unknown to libvirt."""

@@ -34,17 +34,20 @@ class Monitor:
         files = [device.get("inserted", {}).get("file", "") for device in devices]
         return overlay in [_local_file(file) for file in files]
 
-    def commit_behind(self, overlay: str, timeout: float) -> None:
-        """Commit `overlay`, which QEMU writes to unknown to libvirt, into its base, and drop it.
+    def commit_behind(self, overlay: str, origin: str, timeout: float) -> None:
+        """Commit `overlay`, which QEMU writes to unknown to libvirt, into `origin`, and drop it.
+
+        The base is named, as without it the bottom of the chain is written to.
 
         `timeout` in seconds bounds the commit. Raises StorageFailed and TimedOut.
         """
         node = self._node(overlay, driver=True)
-        if node is None:
-            raise StorageFailed("QEMU does not have the overlay open.")
+        base = self._node(origin, driver=True)
+        if node is None or base is None:
+            raise StorageFailed("QEMU does not have the overlay and its base open.")
         job = f"snapd-vm-{node}"[:64]
         deadline = time.monotonic() + timeout
-        self._execute("block-commit", {"job-id": job, "device": node})
+        self._execute("block-commit", {"job-id": job, "device": node, "base-node": base})
         while True:
             state = next((j for j in self._execute("query-jobs") if j["id"] == job), None)
             if state is None or state["status"] in ("aborting", "concluded", "null"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import sys
@@ -298,12 +299,13 @@ async def test_qemu_img(connect: Connect, faulty: Lab, places: Places, how: str)
 
 def test_a_program_that_hangs_is_ended_with_all_that_it_started() -> None:
     started = time.monotonic()
+    unlike = 100000 + os.getpid()  # seconds that nobody else sleeps
     with pytest.raises(command.CommandError, match="did not end within 1 s"):
-        command.run(["sh", "-c", "sleep 4321 & wait"], timeout=1)
+        command.run(["sh", "-c", f"sleep {unlike} & wait"], timeout=1)
     assert time.monotonic() - started < 20
     wait_until(
         "the end of what it started",
-        lambda: attempt(["pgrep", "-f", "^sleep 4321$"]).returncode == 1,
+        lambda: attempt(["pgrep", "-f", f"^sleep {unlike}$"]).returncode == 1,
         10,
     )
 

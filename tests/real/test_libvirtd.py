@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import sys
 import time
 from pathlib import Path
 
@@ -86,6 +88,12 @@ async def test_libvirtd_killed_at_moments_spread_over_the_switch(
     """
     outcomes = []
     flag = faulty.folder("flags") / "kill"
+    # On a chain, so that what is mended into its bottom, and not into the image above, shows.
+    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    await (await connect()).create(guest, flags=QUIESCE_REQUIRED)
+    faulty.daemon.stop()
+    bottom = Path(images.chain(active_file(guest))[-1])
+    untouched = hashlib.sha256(bottom.read_bytes()).hexdigest()
     for number in range(KILLS):
         before, file_before = files_of(guest), active_file(guest)
         faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.FROZEN, "--do", f"wait:{flag}"))
@@ -123,6 +131,7 @@ async def test_libvirtd_killed_at_moments_spread_over_the_switch(
         api.client.close()
         await asyncio.to_thread(faulty.daemon.stop)
     print("outcomes:", {name: outcomes.count(name) for name in set(outcomes)})
+    assert hashlib.sha256(bottom.read_bytes()).hexdigest() == untouched
     guest.poweroff()
     guest.start()
     for number in range(KILLS):
