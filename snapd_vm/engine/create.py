@@ -1,8 +1,7 @@
 """Create, and Plan as its first half: choose, check, prepare, freeze, switch, thaw, read back.
 
-Blocking functions for one worker thread; the engine holds the domain's lock around them. What the
-agent is asked before the freeze is asked in a second thread, beside the checks, as under load it
-takes as long as all of them. Nothing here looks at the caller: that is done before.
+Blocking functions for one worker thread; the engine holds the domain's lock around them. Nothing
+here looks at the caller: that is done before.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ import logging
 import time
 import uuid as uuids
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from snapd_vm.engine import freeze, select
 from snapd_vm.engine.journal import Held, Operation, Step
+from snapd_vm.engine.survey import Quiesce, Survey
 from snapd_vm.engine.world import World
 from snapd_vm.errors import (
-    AgentUnavailable,
     Busy,
     HypervisorUnavailable,
     NameInUse,
@@ -32,6 +32,7 @@ from snapd_vm.model import (
     Disk,
     Domain,
     Flags,
+    Found,
     Needs,
     Plan,
     Request,
@@ -42,7 +43,6 @@ from snapd_vm.model import (
     snapshot_path,
 )
 from snapd_vm.virt import domainxml
-from snapd_vm.virt.agent import Agent, AgentError
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,11 @@ def _floor(world: World, domain: Domain) -> Consistency:
 
 def plan(world: World, uuid: str, request: Request, names: Collection[str]) -> Plan:
     """What Create would answer; pings the agent, freezes nothing. Raises what Create would."""
-    choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
-    agent.close()
+    choice = choose(world, uuid, request, names)
+    with closing(Survey(world, request.flags)) as survey:
+        survey.ask(choice.domain, choice.disk.target)
+        choice = check(world, choice)
+        quiesce = survey.result(choice.floor)
     best = Consistency.QUIESCED if quiesce is not None else choice.floor
     draft = _draft(choice, best)
     warnings = list(choice.needs.warnings)
@@ -167,73 +170,6 @@ def plan(world: World, uuid: str, request: Request, names: Collection[str]) -> P
         choice.needs.space_available,
         tuple(warnings),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Quiesce:
-    """Mount points to freeze; None: all. `former` is the agent's response timeout to put back."""
-
-    mountpoints: Sequence[str] | None
-    former: int | None
-
-
-def _checked(world: World, choice: Choice, flags: Flags) -> tuple[Choice, _Quiesce | None, Agent]:
-    """All that is known before the first change: the choice checked, and the agent asked.
-
-    The agent is handed back ready for a freeze, to be closed. Raises what either of them finds.
-    """
-    domain = choice.domain
-    agent = world.hypervisor.agent(domain)
-    asked: Future[_Quiesce] | None = None
-    try:
-        try:
-            if Flags.NO_QUIESCE not in flags and _can_answer(domain):
-                asked = world.beside.submit(_ask, world, agent, choice.disk.target)
-            choice = check(world, choice)
-        finally:
-            if asked is not None:  # the agent is not for two threads at a time
-                wait([asked])
-        return choice, _quiesce(choice, flags, asked), agent
-    except BaseException:
-        agent.close()
-        raise
-
-
-def _ask(world: World, agent: Agent, target: str) -> _Quiesce:
-    """What the agent says is to be frozen for this disk; it is ready to do so then."""
-    mountpoints = freeze.survey(agent, [target], world.config.agent_timeout_s)
-    try:
-        return _Quiesce(mountpoints, agent.arm(world.config.freeze_timeout_s))
-    except AgentError as error:
-        raise AgentUnavailable(f"The guest agent can't be made ready: {error}.") from error
-
-
-def _can_answer(domain: Domain) -> bool:
-    return domain.active and domain.state != "paused" and domain.agent is not None
-
-
-def _quiesce(choice: Choice, flags: Flags, asked: Future[_Quiesce] | None) -> _Quiesce | None:
-    """What to freeze, or None where the guest is not quiesced; raises where that is required."""
-    required = Flags.QUIESCE_REQUIRED in flags
-    if Flags.NO_QUIESCE in flags:
-        return None
-    try:
-        if not choice.domain.active:
-            if required and choice.floor is not Consistency.OFFLINE:
-                raise QuiesceFailed(
-                    "The domain is off and was not shut down cleanly; its disk is not consistent."
-                )
-            return None
-        if choice.domain.state == "paused":
-            raise AgentUnavailable("The domain is paused, so its agent can't answer; resume it.")
-        if asked is None:
-            raise AgentUnavailable("The domain has no guest agent channel.")
-        return asked.result()
-    except (AgentUnavailable, QuiesceFailed) as error:
-        if required:
-            raise
-        log.info("not quiescing domain %s: %s", choice.domain.name, error)
-        return None
 
 
 def _draft(choice: Choice, consistency: Consistency) -> Snapshot:
@@ -266,27 +202,31 @@ def take(
     uuid: str,
     request: Request,
     names: Collection[str],
+    remembered: Found,
     resumed: Callable[[], bool],
     watch: Watch,
 ) -> Taken:
     """Do it, up to the reading back; the journal's last entry is the caller's to write.
 
-    `resumed` tells whether the domain's vCPUs were started meanwhile; `names` as for `choose`.
-    Raises Failed for what has to be undone, and other SnapdErrors where nothing was changed.
+    `resumed` tells whether the domain's vCPUs were started meanwhile; `names` as for `choose`. What
+    is `remembered` of domain and disk is used to ask the agent early, and for nothing else. Raises
+    Failed for what has to be undone, and other SnapdErrors where nothing was changed.
     """
-    choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
-    try:
-        return _take(world, choice, request.flags, agent, quiesce, resumed, watch)
-    finally:
-        agent.close()
+    with closing(Survey(world, request.flags)) as survey:
+        if remembered.domain is not None and remembered.disk is not None:
+            survey.ask(remembered.domain, remembered.disk.target)
+        choice = choose(world, uuid, request, names)
+        survey.ask(choice.domain, choice.disk.target)
+        choice = check(world, choice)
+        survey.refuse(choice.floor)
+        return _take(world, choice, request.flags, survey, resumed, watch)
 
 
 def _take(
     world: World,
     choice: Choice,
     flags: Flags,
-    agent: Agent,
-    quiesce: _Quiesce | None,
+    survey: Survey,
     resumed: Callable[[], bool],
     watch: Watch,
 ) -> Taken:
@@ -294,14 +234,18 @@ def _take(
     world.reach(Step.CHECKED)
     operation = Operation(tag, flags, (_draft(choice, choice.floor),))
     world.journal.begin(operation)
-    held, holding = False, None
-    if quiesce is not None:
-        holding = Held(choice.domain.uuid, choice.domain.name, quiesce.former)
+    held = False
+    holding: Held | None = None
+    quiesce: Quiesce | None = None
     try:
         world.reach(Step.BEGUN)
 
         def record(targets: Sequence[Target]) -> None:
-            nonlocal operation
+            # The agent's answer is waited for here: what is made by now has no name yet.
+            nonlocal operation, quiesce, holding
+            quiesce = survey.result(choice.floor)
+            if quiesce is not None:
+                holding = Held(choice.domain.uuid, choice.domain.name, quiesce.former)
             operation = operation.with_targets(targets)
             world.journal.prepared(operation, holding)
             world.reach(Step.PREPARED)
@@ -323,7 +267,7 @@ def _take(
             try:
                 frozen = freeze.around(
                     switch,
-                    agent,
+                    survey.agent,
                     world.hypervisor.agent(choice.domain),
                     quiesce.mountpoints,
                     required=required,
@@ -338,11 +282,11 @@ def _take(
         if frozen.error is not None and required:
             raise frozen.error
         # The agent is done with: what was set for it is put back while libvirt is read.
-        closing = world.beside.submit(agent.close)
+        put_back = world.beside.submit(survey.agent.close)
         try:
             domain, snapshot = _read_back(world, choice, operation, frozen, resumed)
         finally:
-            wait([closing])
+            wait([put_back])
         if required and snapshot.consistency not in (Consistency.QUIESCED, Consistency.OFFLINE):
             raise QuiesceFailed("The domain was started or stopped meanwhile; try again.")
         world.reach(Step.READ_BACK)

@@ -227,7 +227,7 @@ class Engine:
         async with self._locks.hold(uuid, world.config.lock_timeout_s):
             self._require_connection()
             self._resumed.discard(uuid)
-            before = self.domains.get(uuid)
+            remembered = self.find(request)
             names = self._shelf.names(uuid)
             try:
                 async with self._slot():
@@ -237,6 +237,7 @@ class Engine:
                         uuid,
                         request,
                         names,
+                        remembered,
                         lambda: uuid in self._resumed,
                         watch,
                     )
@@ -266,7 +267,9 @@ class Engine:
                 )
                 self._shelf.add(snapshot)
             # Memory is true before the caller is answered.
-            if self._inventory is None or not self._inventory.replace(before, taken.domain):
+            if self._inventory is None or not self._inventory.replace(
+                remembered.domain, taken.domain
+            ):
                 await self._refreshed(uuid)
             return taken.snapshots[0]
 

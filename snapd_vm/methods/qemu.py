@@ -131,9 +131,13 @@ class Qemu:
         return disk, str(target.data["origin_format"])
 
     def size(self, target: Target) -> int:
-        """The virtual size that the overlay will have."""
+        """The virtual size that the overlay will have.
+
+        It is in the header of a qcow2 image. A raw one may have grown unseen by the QEMU that runs,
+        which is then asked; off, libvirt can't tell of a pool's volume.
+        """
         found = Layer.of(target)
-        if found.instance == -1:  # libvirt can't tell of a pool's volume then
+        if found.instance == -1 or found.origin_format == "qcow2":
             return storage.virtual_size(found.origin, found.origin_format)
         return self._hypervisor.capacity(str(target.data["domain"]), target.disk)
 
