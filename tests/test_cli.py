@@ -342,7 +342,7 @@ def test_a_reader_that_has_enough_is_no_error(bus: str, service: FakeService) ->
 
 def test_the_client_starts_without_libvirt_and_the_daemon() -> None:
     code = (
-        "import sys; from snapd_vm.__main__ import main; import snapd_vm.cli_commands\n"
+        "import sys; from snapd_vm.__main__ import main; import snapd_vm.cli, snapd_vm.cli_commands\n"
         "print(sorted(m for m in sys.modules if m.startswith(('libvirt', 'lxml', 'snapd_vm.'))))"
     )
     shown = subprocess.run(
