@@ -85,9 +85,9 @@ def survey(beside: ThreadPoolExecutor, flags: Flags, *agents: SlowAgent) -> Surv
 def test_it_is_asked_at_once_and_waited_for_last(beside: ThreadPoolExecutor) -> None:
     agent = SlowAgent()
     asked = survey(beside, REQUIRED, agent)
-    asked.ask(RUNNING, "vda")
+    asked.ask(RUNNING, ["vda"])
     assert agent.asked.wait(10)
-    asked.ask(replace(RUNNING), "vda")  # libvirt says what was remembered: once is enough
+    asked.ask(replace(RUNNING), ["vda"])  # libvirt says what was remembered: once is enough
     asked.refuse(CRASH)  # nothing is known against it
     agent.let.set()
     assert asked.result(CRASH) == Quiesce(["/a"], 7)
@@ -106,8 +106,8 @@ def test_what_was_remembered_wrongly_is_asked_anew(
     first.let.set()
     second.let.set()
     asked = survey(beside, TRY, first, second)
-    asked.ask(RUNNING, "vda")
-    asked.ask(domain, target)
+    asked.ask(RUNNING, ["vda"])
+    asked.ask(domain, [target])
     assert first.closed == 1
     expected = Quiesce(["/b" if target == "vdb" else "/a"], 7) if domain.agent else None
     assert asked.result(CRASH) == expected
@@ -117,7 +117,7 @@ def test_what_was_remembered_wrongly_is_asked_anew(
 def test_it_is_not_closed_before_it_has_answered(beside: ThreadPoolExecutor) -> None:
     agent = SlowAgent()
     asked = survey(beside, TRY, agent)
-    asked.ask(RUNNING, "vda")
+    asked.ask(RUNNING, ["vda"])
     assert agent.asked.wait(10)
     threading.Timer(0.05, agent.let.set).start()
     asked.close()
@@ -138,12 +138,12 @@ def test_what_is_known_without_the_agent_is_said_before_anything_is_made(
 ) -> None:
     agent = SlowAgent()
     asked = survey(beside, REQUIRED, agent)
-    asked.ask(domain, "vda")
+    asked.ask(domain, ["vda"])
     with pytest.raises(error):
         asked.refuse(floor)
     assert not agent.asked.is_set()
     lenient = survey(beside, TRY, SlowAgent())
-    lenient.ask(domain, "vda")
+    lenient.ask(domain, ["vda"])
     lenient.refuse(floor)
     assert lenient.result(floor) is None
 
@@ -156,7 +156,7 @@ def test_a_domain_that_is_off_and_one_not_to_be_quiesced_are_not_asked(
     asked.ask(replace(RUNNING, id=-1, state="shutoff"), "vda")
     assert asked.result(OFFLINE) is None
     asked = survey(beside, NO_QUIESCE, running)
-    asked.ask(RUNNING, "vda")
+    asked.ask(RUNNING, ["vda"])
     assert asked.result(CRASH) is None
     assert not off.asked.is_set()
     assert not running.asked.is_set()
@@ -166,13 +166,13 @@ def test_an_agent_that_does_not_answer(beside: ThreadPoolExecutor) -> None:
     gone = SlowAgent(AgentGone("no answer"))
     gone.let.set()
     asked = survey(beside, REQUIRED, gone)
-    asked.ask(RUNNING, "vda")
+    asked.ask(RUNNING, ["vda"])
     with pytest.raises(AgentUnavailable):
         asked.result(CRASH)
     gone = SlowAgent(AgentGone("no answer"))
     gone.let.set()
     asked = survey(beside, TRY, gone)
-    asked.ask(RUNNING, "vda")
+    asked.ask(RUNNING, ["vda"])
     assert asked.result(CRASH) is None
 
 
@@ -180,6 +180,6 @@ def test_a_guest_that_is_frozen_already_is_busy_with_any_flags(beside: ThreadPoo
     frozen = SlowAgent(AgentRefused("frozen", frozen_already=True))
     frozen.let.set()
     asked = survey(beside, TRY, frozen)
-    asked.ask(RUNNING, "vda")
+    asked.ask(RUNNING, ["vda"])
     with pytest.raises(Busy):
         asked.result(CRASH)

@@ -29,7 +29,7 @@ class Quiesce:
 
 
 class Survey:
-    """The agent of one domain, asked for one operation that takes one disk.
+    """The agent of one domain, asked for one operation.
 
     To be closed. One thread uses it; the agent is that thread's once `result` has returned.
     """
@@ -37,7 +37,7 @@ class Survey:
     def __init__(self, world: World, flags: Flags) -> None:
         self._world = world
         self._flags = flags
-        self._target = ""
+        self._targets: Sequence[str] = ()
         self._domain: Domain | None = None
         self._agent: Agent | None = None
         self._asked: Future[Quiesce] | None = None
@@ -49,21 +49,21 @@ class Survey:
             raise AssertionError("no domain was given")
         return self._agent
 
-    def ask(self, domain: Domain, target: str) -> None:
-        """Begin to ask the agent of `domain`, unless it was asked of this very state of it.
+    def ask(self, domain: Domain, targets: Sequence[str]) -> None:
+        """Begin to ask the agent of `domain` about these disks, unless it was asked already.
 
         Thus it may be begun with what is remembered of the domain, and made sure of with what
         libvirt says.
         """
-        if (self._domain, self._target) == (domain, target):
+        if (self._domain, self._targets) == (domain, targets):
             return
         self.close()
         self._asked = None
-        self._domain, self._target = domain, target
+        self._domain, self._targets = domain, targets
         self._agent = self._world.hypervisor.agent(domain)
         answers = domain.active and domain.state != "paused" and domain.agent is not None
         if answers and Flags.NO_QUIESCE not in self._flags:
-            self._asked = self._world.beside.submit(self._ask, self._agent, target)
+            self._asked = self._world.beside.submit(self._ask, self._agent, targets)
 
     def refuse(self, floor: Consistency) -> None:
         """Raise what `result` would, as far as it is known without the agent."""
@@ -107,8 +107,8 @@ class Survey:
         if self._agent is not None:
             self._agent.close()
 
-    def _ask(self, agent: Agent, target: str) -> Quiesce:
-        mountpoints = freeze.survey(agent, [target], self._world.config.agent_timeout_s)
+    def _ask(self, agent: Agent, targets: Sequence[str]) -> Quiesce:
+        mountpoints = freeze.survey(agent, targets, self._world.config.agent_timeout_s)
         try:
             return Quiesce(mountpoints, agent.arm(self._world.config.freeze_timeout_s))
         except AgentError as error:

@@ -169,6 +169,17 @@ class Hypervisor:
                 return "a backup of the domain is running"
             return "a migration, save or other job of the domain is running"
 
+    def suspend(self, uuid: str) -> None:
+        """Stop the domain's vCPUs; QEMU flushes its buffers (virDomainSuspend)."""
+        with self._pool.domain(uuid) as domain:
+            domain.suspend()
+
+    def resume(self, uuid: str) -> None:
+        """Let the domain's vCPUs run, if they do not (virDomainResume)."""
+        with self._pool.domain(uuid) as domain:
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
+
     def capacity(self, uuid: str, target: str) -> int:
         """The virtual size of the disk in bytes (virDomainGetBlockInfo).
 
