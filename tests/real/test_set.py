@@ -116,7 +116,8 @@ async def test_what_one_disk_can_not_none_does(api: Api, three: Guest) -> None:
     there = f"<diskSnapshot method='qemu'><overlay file='{folder}/there'/></diskSnapshot>"
     assert await refused(api, three, "vda", ("vdb", there)) == "NameInUse"
     (folder / "there").unlink()
-    created = await api.create(three, "<disk><target dev='vdb'/></disk>", name="used")
+    other = f"<diskSnapshot method='qemu'><overlay file='{folder}/other'/></diskSnapshot>"
+    created = await api.create(three, "<disk><target dev='vdb'/></disk>", other, name="used")
     assert await refused(api, three, *DISKS, name="used") == "NameInUse"
     await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
 
@@ -175,7 +176,7 @@ async def test_undoing_both_asks_no_monitor(connect: Connect, faulty: Lab) -> No
     own = faulty.guest([DiskSpec(), DiskSpec()])
     try:
         before = own.domain.messages()
-        faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.SWITCHED, "--do", "raise"))
+        faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.ARMED, "--do", "raise"))
         api = await connect()
         with pytest.raises(ApiError):
             await api.create_set(own, *DISKS)
