@@ -13,7 +13,7 @@ from pathlib import Path
 from snapd_vm.model import domain_path
 from tests.bench.series import Series
 from tests.bench.snapshots import COMMIT, SEED
-from tests.bench.ways import NAME, TARGET, PlainCaller
+from tests.bench.ways import NAME, TARGET, PlainCaller, Virsh
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -52,7 +52,10 @@ def measure(lab: Lab, ours: Path, rounds: int) -> tuple[Deleted, Deleted]:
     try:
         for turn in range(rounds + 1):
             for one in order.sample((mine, virsh), 2):
-                path = _create(caller, guest)
+                overlay = guest.disk(TARGET).path.with_suffix(".virsh")
+                path = _create(caller, guest) if one is mine else ""
+                if one is virsh:
+                    Virsh(lab.libvirtd.uri).take(guest, overlay)
                 guest.fill(TARGET, "big", MIB)
                 guest.sync(60)
                 guest.writes_go_on()
@@ -71,8 +74,7 @@ def measure(lab: Lab, ours: Path, rounds: int) -> tuple[Deleted, Deleted]:
                 if turn:
                     one.call.append(took)
                     one.stall.append(max(stall.longest_s for stall in guest.stalls().values()))
-                if one is virsh:  # the daemon finds the snapshot detached, and forgets it
-                    caller.call(NAME, path, f"{NAME}.Snapshot", "Delete", "u", [0])
+                overlay.unlink(missing_ok=True)
     finally:
         caller.close()
         lab.daemon.stop()
