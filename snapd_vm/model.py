@@ -119,6 +119,10 @@ class Domain:
         """The disk with this `<target dev>`, or None."""
         return next((d for d in self.disks if d.target == target), None)
 
+    def persistent_disk(self, target: str) -> Disk | None:
+        """The same in the definition that the next start will use."""
+        return next((d for d in self.persistent_disks if d.target == target), None)
+
 
 @dataclass(frozen=True, slots=True)
 class MethodRequest:
@@ -209,11 +213,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a method says at check time: room in bytes and warnings for Plan."""
+    """What a method says at check time: room in bytes, warnings for Plan, and the chain.
+
+    `chain` is how many images the disk's chain will have, 0 where it stays as it is.
+    """
 
     space_needed: int = 0
     space_available: int = 0
     warnings: tuple[str, ...] = ()
+    chain: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ import dataclasses
 import logging
 import time
 import uuid as uuids
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from snapd_vm.engine import freeze, select
+from snapd_vm.engine import freeze, limits, select
 from snapd_vm.engine.journal import Held, Operation, Step
 from snapd_vm.engine.world import World
 from snapd_vm.errors import (
@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 class Choice:
     """What a Create will do; nothing has been changed for it.
 
-    The last two, and the size of `target`, are what `check` has found out.
+    `known` are the snapshots that the disk has. The last two, and the size of `target`, are what
+    `check` has found out.
     """
 
     domain: Domain
@@ -59,6 +60,7 @@ class Choice:
     method: Method
     target: Target
     tag: Tag
+    known: tuple[Snapshot, ...] = ()
     needs: Needs = field(default_factory=Needs)
     floor: Consistency = Consistency.CRASH
 
@@ -91,10 +93,10 @@ class Failed(Exception):
         self.held = held
 
 
-def choose(world: World, uuid: str, request: Request, names: Collection[str]) -> Choice:
+def choose(world: World, uuid: str, request: Request, names: Mapping[str, Snapshot]) -> Choice:
     """Read the domain again from libvirt, and find the disk and the method in that.
 
-    `names` are those in use on any disk of the domain, as "target/label".
+    `names` are those in use on any disk of the domain, as "target/label", with their snapshots.
     """
     domain = world.hypervisor.read(uuid)
     found = select.find_in(domain, request.disk)
@@ -103,7 +105,8 @@ def choose(world: World, uuid: str, request: Request, names: Collection[str]) ->
     disk = found.disk
     tag = _tag(domain, disk, request.name, names)
     method, target, _ = select.choose_method(world.methods, domain, disk, request, tag)
-    return Choice(domain, disk, method, target, tag)
+    known = tuple(snapshot for snapshot in names.values() if snapshot.target.disk == disk.target)
+    return Choice(domain, disk, method, target, tag, known)
 
 
 def check(world: World, choice: Choice) -> Choice:
@@ -115,10 +118,11 @@ def check(world: World, choice: Choice) -> Choice:
     floor = _floor(world, domain)
     target = dataclasses.replace(choice.target, size=method.size(choice.target))
     needs = method.check([target], choice.tag)
+    limits.check(world.config, disk.target, choice.known, needs.chain)
     return dataclasses.replace(choice, target=target, needs=needs, floor=floor)
 
 
-def _tag(domain: Domain, disk: Disk, name: str, names: Collection[str]) -> Tag:
+def _tag(domain: Domain, disk: Disk, name: str, names: Mapping[str, Snapshot]) -> Tag:
     now = time.time()
     label = name
     if not label:
@@ -148,7 +152,7 @@ def _floor(world: World, domain: Domain) -> Consistency:
     return Consistency.CRASH
 
 
-def plan(world: World, uuid: str, request: Request, names: Collection[str]) -> Plan:
+def plan(world: World, uuid: str, request: Request, names: Mapping[str, Snapshot]) -> Plan:
     """What Create would answer; pings the agent, freezes nothing. Raises what Create would."""
     choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
     agent.close()
@@ -265,7 +269,7 @@ def take(
     world: World,
     uuid: str,
     request: Request,
-    names: Collection[str],
+    names: Mapping[str, Snapshot],
     resumed: Callable[[], bool],
     watch: Watch,
 ) -> Taken:

@@ -53,9 +53,9 @@ class Shelf:
             raise NoSuchSnapshot("There is no such snapshot.")
         return snapshot
 
-    def names(self, domain_uuid: str) -> frozenset[str]:
-        """The labels in use on a domain's disks, as "target/label"."""
-        return frozenset(f"{s.target.disk}/{s.name}" for s in self.of(domain_uuid))
+    def names(self, domain_uuid: str) -> Mapping[str, Snapshot]:
+        """The labels in use on a domain's disks, as "target/label", and whose they are."""
+        return {f"{s.target.disk}/{s.name}": s for s in self.of(domain_uuid)}
 
     def add(self, snapshot: Snapshot) -> None:
         """One that the journal has already."""
@@ -89,8 +89,10 @@ class Shelf:
         domains = dict(self._domains())
         state = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
         current = self.snapshots.get(snapshot.uuid)
-        if current is None or state is current.state or current.state in _AT_WORK:
+        if current is None or current.target != snapshot.target:  # gone, or moved, meanwhile
             return current or snapshot
+        if state is current.state or current.state in _AT_WORK:
+            return current
         new = dataclasses.replace(current, state=state)
         log.warning(
             "snapshot %s of disk %s of domain %s is %s",

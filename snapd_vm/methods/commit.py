@@ -273,8 +273,7 @@ def _above(layer: Layer, disk: Disk) -> str:
 def _define_origin(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
     """Let the definition say the origin where it says the overlay."""
     domain = hypervisor.read(layer.domain)
-    disks = domain.persistent_disks if domain.active else domain.disks
-    persistent = next((d for d in disks if d.target == disk), None)
+    persistent = domain.persistent_disk(disk)
     if persistent is not None and persistent.path == layer.path:
         hypervisor.redefine_disk(
             layer.domain, disk, layer.origin, layer.origin_type, layer.origin_format

@@ -88,7 +88,7 @@ class Qemu:
             raise MethodNotSupported(
                 f"Disk {disk.target} is a slice of its image, and an overlay would be of the whole."
             )
-        persistent = next((d for d in domain.persistent_disks if d.target == disk.target), None)
+        persistent = domain.persistent_disk(disk.target)
         follows = persistent is not None and _same_file(persistent.path, disk.path)
         return Target(
             method=self.name,
@@ -101,6 +101,7 @@ class Qemu:
                 "origin_format": disk.format,
                 "persistent": follows or not domain.active,
                 "overlay": _fit(self._overlay_path(disk, request, tag)),
+                "chain": 1 + len(disk.chain),
                 "others": [d.target for d in domain.disks if d.target != disk.target],
             },
         )
@@ -139,7 +140,7 @@ class Qemu:
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
-        needed, available, warnings = 0, 0, list[str]()
+        needed, available, chain, warnings = 0, 0, 0, list[str]()
         for target in targets:
             found = Layer.of(target)
             self._check_domain(found, target.disk)
@@ -154,6 +155,7 @@ class Qemu:
                     )
             if storage.read_only(folder):
                 raise StorageFailed(f"The folder {folder} is read-only.")
+            chain = max(chain, _chain(target) + 1)
             needed += qcow2.new_size(target.size)
             available = storage.space_available(folder)
             if available < needed + _RESERVE:
@@ -166,7 +168,7 @@ class Qemu:
                     f"The overlay of disk {target.disk} may grow to {target.size} bytes, and "
                     f"{available} are free; the guest stops when there are none."
                 )
-        return Needs(needed, available, tuple(warnings))
+        return Needs(needed, available, tuple(warnings), chain)
 
     def _check_domain(self, found: Layer, disk: str) -> None:
         if found.instance != -1:
@@ -240,7 +242,7 @@ class Qemu:
             return False
         self._in_order.discard(tag.uuid)
         if domain.active and found.persistent:
-            persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
+            persistent = domain.persistent_disk(target.disk)
             if persistent is not None and _same_file(persistent.path, found.origin):
                 # libvirt follows where both say it in the same words, and wants to be alive.
                 log.warning(
@@ -307,6 +309,19 @@ def _fit(path: str) -> str:
             "name."
         )
     return path
+
+
+def _chain(target: Target) -> int:
+    """How many images the disk's chain has: as libvirt tells of a domain that runs, else as read.
+
+    Of a domain that is off libvirt knows what its definition says, which may be nothing.
+    """
+    found, told = Layer.of(target), target.data["chain"]
+    if found.instance != -1 and isinstance(told, int):
+        return told
+    if found.origin_format == "raw":
+        return 1
+    return 1 + sum(1 for _ in storage.backing_chain(found.origin))
 
 
 def _same_file(path: str, other: str) -> bool:
