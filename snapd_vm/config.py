@@ -13,6 +13,7 @@ DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
 
 _LONGEST_CHAIN = 200
 """The most that libvirt itself loads (QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH)."""
+_FASTEST_MIB_S = 1 << 20
 
 
 class ConfigError(Exception):
@@ -25,9 +26,11 @@ class QemuConfig:
 
     `overlay_dirs`: absolute folders, besides a disk's own, in which overlays may be made; the first
     one is used for a disk whose own folder can't hold one (a block device).
+    `commit_bandwidth`: the most that a delete may write, in MiB/s; 0: as much as it can.
     """
 
     overlay_dirs: tuple[str, ...] = ()
+    commit_bandwidth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ def _qemu(table: object) -> QemuConfig:
             if not isinstance(value, list):
                 raise ConfigError(f"'{name}' must be a list of absolute paths")
             values[key] = tuple(_absolute(name, path) for path in value)
+        elif key == "commit_bandwidth":
+            values[key] = _number(name, value, 0, _FASTEST_MIB_S, " of MiB/s")
         else:
             raise ConfigError(f"unknown key '{name}'")
     return QemuConfig(**values)

@@ -249,7 +249,9 @@ class DiskReport:
 class Snapshot:
     """A snapshot on record. Times in µs (`created_us` since the epoch), `size` in bytes.
 
-    `target` is the method's own Target; its `disk` is the `<target dev>` of the disk.
+    `target` is the method's own Target; its `disk` is the `<target dev>` of the disk. `spoilt`: a
+    delete was broken off when it had begun to write into what the snapshot is, so that it is none
+    any more and can only be deleted.
     """
 
     uuid: str
@@ -266,6 +268,7 @@ class Snapshot:
     size: int
     backup_source: str
     modified_disk: str
+    spoilt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

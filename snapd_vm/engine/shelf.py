@@ -70,6 +70,25 @@ class Shelf:
         for listener in self.listeners:
             listener.snapshot_changed(old, snapshot)
 
+    def put_back(self, snapshot: Snapshot) -> None:
+        """The record of one whose delete was broken off; the journal has it already."""
+        was_spoilt = self.snapshots[snapshot.uuid].spoilt
+        self.replace(snapshot)
+        if snapshot.spoilt and not was_spoilt:
+            log.warning(
+                "snapshot %s of disk %s of domain %s is spoilt: its delete was broken off",
+                snapshot.name,
+                snapshot.target.disk,
+                snapshot.domain_name,
+                extra=fields(MessageId.STATE, snapshot, state=snapshot.state),
+            )
+            self.warn(
+                snapshot,
+                "spoilt",
+                "A delete of the snapshot was broken off, and its contents are no longer what they "
+                "were; delete it.",
+            )
+
     def remove(self, uuid: str) -> None:
         """One that the journal has no more."""
         snapshot = self.snapshots.pop(uuid)
@@ -87,8 +106,10 @@ class Shelf:
         if method is None or not self._connected():
             return snapshot
         domains = dict(self._domains())
-        state = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
+        state = found = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
         current = self.snapshots.get(snapshot.uuid)
+        if current is not None and current.spoilt and found is SnapshotState.READY:
+            state = SnapshotState.FAILED
         if current is None or current.target != snapshot.target:  # gone, or moved, meanwhile
             return current or snapshot
         if state is current.state or current.state in _AT_WORK:
@@ -106,7 +127,7 @@ class Shelf:
         if snapshot.uuid not in self.snapshots:
             return new
         self.replace(new)
-        if state is SnapshotState.FAILED:
+        if found is SnapshotState.FAILED:
             self.warn(
                 new,
                 "base-in-use",

@@ -31,6 +31,13 @@ class Watch(Protocol):
     def past_return(self) -> None:
         """From here it can't be cancelled. Raises Cancelled if that was asked for before."""
 
+    def spoil(self) -> None:
+        """From here the contents of what is being deleted change: broken off, it is spoilt."""
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether that was said."""
+
 
 class Kept(HypervisorUnavailable):
     """A snapshot can't be undone without losing the guest's writes, and stands."""
@@ -90,8 +97,9 @@ class Method(Protocol):
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """Remove a snapshot that stands; the disk's present contents, and other snapshots', stay.
 
-        May be called again after it was broken off at any moment. Raises Cancelled, with all as it
-        was, if `watch` says so in time.
+        May be called again after it was broken off at any moment. Raises Cancelled if `watch` says
+        so in time: all is as it was then, unless `watch.spoil()` was called, after which the
+        deleted snapshot's own contents are not.
         """
 
     def moved(self, deleted: Target, other: Target) -> Target | None:

@@ -54,8 +54,12 @@ class Qemu:
 
     name = "qemu"
 
-    def __init__(self, hypervisor: Hypervisor, overlay_dirs: Sequence[str]) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, overlay_dirs: Sequence[str], commit_bandwidth: int
+    ) -> None:
+        """`commit_bandwidth` is the most that a delete may write, in bytes a second; 0: any."""
         self._hypervisor = hypervisor
+        self._commit_bandwidth = commit_bandwidth
         self._overlay_dirs = overlay_dirs
         # Operations after which QEMU has no node that libvirt does not know: those of this process
         # in which libvirt has not gone away in the middle of the switch. Only for the others is
@@ -269,7 +273,9 @@ class Qemu:
 
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """See Method and commit.delete."""
-        commit.delete(self._hypervisor, Layer.of(target), target.disk, watch)
+        commit.delete(
+            self._hypervisor, Layer.of(target), target.disk, watch, self._commit_bandwidth
+        )
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
         """The other's source was the overlay that has gone into the deleted one's source."""

@@ -22,7 +22,7 @@ from snapd_vm.virt import domainxml, mend, users
 from snapd_vm.virt.agent import Agent
 from snapd_vm.virt.agentlibvirt import LibvirtAgent
 from snapd_vm.virt.agentsocket import SocketAgent
-from snapd_vm.virt.connection import ConnectionPool
+from snapd_vm.virt.connection import LOST_DOMAINS, ConnectionPool
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class Watch(Protocol):
     def cancelled(self) -> bool: ...
     def progress(self, done: int, total: int) -> None: ...
     def past_return(self) -> None: ...
+    def spoil(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,20 +201,30 @@ class Hypervisor:
         with self._domain(uuid) as domain:
             domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS)
 
-    def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None:
+    def commit(
+        self, uuid: str, target: str, base: str, top: str, bandwidth: int, watch: Watch
+    ) -> None:
         """Commit `top` of a disk's chain into `base`, its backing file, while the domain runs.
 
         `top` '' is the active image: the domain pivots back to `base` then. The base is always
         given, as without it the bottom of the chain is written to (virDomainBlockCommit). A job
-        that runs already on the disk, as after a restart of ours, is taken up. Raises Cancelled,
-        StorageFailed, and TimedOut where the job makes no progress for a long time.
+        that runs already on the disk, as after a restart of ours, is taken up. `bandwidth` is in
+        bytes a second, 0 for no limit. Raises Cancelled, StorageFailed, and TimedOut where the job
+        makes no progress for a long time.
         """
-        flags = 0
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         if not top:
-            flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
         with self._domain(uuid) as domain:
             if not domain.blockJobInfo(target):
-                domain.blockCommit(target, base, top or None, 0, flags)
+                try:
+                    domain.blockCommit(target, base, top or None, bandwidth, flags)
+                except libvirt.libvirtError as error:
+                    if error.get_error_domain() in LOST_DOMAINS:  # it may have begun
+                        watch.spoil()
+                    raise
+            watch.spoil()  # the base is written to
             _follow(domain, target, watch, active=not top)
 
     def pool_folders(self) -> Sequence[str]:
@@ -252,19 +263,31 @@ def _if_supported(call: Callable[[], T]) -> T | None:
 
 
 def _follow(domain: libvirt.virDomain, target: str, watch: Watch, *, active: bool) -> None:
-    """Wait for a block job's end; an active one is pivoted once it is ready."""
-    last, moved = (-1, -1), time.monotonic()
-    pause = 0.005
-    while info := domain.blockJobInfo(target):
+    """Wait for a block job's end; an active one is pivoted once it is ready.
+
+    A limit of the bandwidth is taken off when what there was to write at first could have been
+    written: the job is never ready as long as the guest writes faster.
+    """
+    began = moved = time.monotonic()
+    last, first, pause = (-1, -1), 0, 0.005
+    while info := domain.blockJobInfo(target, libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES):
         now = (int(info["cur"]), int(info["end"]))
+        first = first or now[1]
         watch.progress(*now)
+        if active and now[0] == now[1] and domainxml.mirror_ready(domain.XMLDesc(), target):
+            with contextlib.suppress(Cancelled):  # see below
+                watch.past_return()
+                _pivot(domain, target)
+                return
         if watch.cancelled:
             domain.blockJobAbort(target)
-            raise Cancelled("The commit was cancelled; the snapshot is as it was.")
-        if active and now[0] == now[1] and domainxml.mirror_ready(domain.XMLDesc(), target):
-            watch.past_return()
-            _pivot(domain, target)
-            return
+            raise Cancelled(
+                "The commit was cancelled: the disk is as it was, and of the snapshot nothing is "
+                "left but to delete it."
+            )
+        bandwidth = int(info["bandwidth"])
+        if active and bandwidth and time.monotonic() > began + first / bandwidth:
+            domain.blockJobSetSpeed(target, 0)
         if now != last:
             last, moved = now, time.monotonic()
         elif time.monotonic() > moved + _STALLED_S:
