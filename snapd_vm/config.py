@@ -27,10 +27,13 @@ class QemuConfig:
     `overlay_dirs`: absolute folders, besides a disk's own, in which overlays may be made; the first
     one is used for a disk whose own folder can't hold one (a block device).
     `commit_bandwidth`: the most that a delete may write, in MiB/s; 0: as much as it can.
+    `low_space_percent`: the file system of an overlay that grows is warned of when a smaller share
+    of it is free; 0: never.
     """
 
     overlay_dirs: tuple[str, ...] = ()
     commit_bandwidth: int = 0
+    low_space_percent: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ def _qemu(table: object) -> QemuConfig:
             values[key] = tuple(_absolute(name, path) for path in value)
         elif key == "commit_bandwidth":
             values[key] = _number(name, value, 0, _FASTEST_MIB_S, " of MiB/s")
+        elif key == "low_space_percent":
+            values[key] = _number(name, value, 0, 99)
         else:
             raise ConfigError(f"unknown key '{name}'")
     return QemuConfig(**values)

@@ -14,6 +14,7 @@ from snapd_vm.engine.service import Listener
 from snapd_vm.engine.world import World
 from snapd_vm.errors import NoSuchSnapshot, SnapdError
 from snapd_vm.journald import MessageId, fields
+from snapd_vm.methods.method import Warns
 from snapd_vm.model import Domain, Snapshot, SnapshotState
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Shelf:
         self._connected = connected
         self._looking: set[str] = set()
         self._look_again: set[str] = set()
+        self._warned: dict[str, frozenset[str]] = {}
 
     async def load(self) -> None:
         """Take the journal's."""
@@ -92,6 +94,7 @@ class Shelf:
     def remove(self, uuid: str) -> None:
         """One that the journal has no more."""
         snapshot = self.snapshots.pop(uuid)
+        self._warned.pop(uuid, None)
         for listener in self.listeners:
             listener.snapshot_removed(snapshot)
 
@@ -164,9 +167,40 @@ class Shelf:
 
     async def _look_or_log(self, snapshot: Snapshot) -> None:
         try:
-            await self.look(snapshot)
+            await self._look_ahead(await self.look(snapshot))
         except SnapdError as error:
             log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
+
+    async def _look_ahead(self, snapshot: Snapshot) -> None:
+        """Warn of what will go wrong: once, and again only if it was in order in between."""
+        method: object = self._world.methods.get(snapshot.target.method)
+        if not isinstance(method, Warns) or not self._connected():
+            return
+        domains = dict(self._domains())
+        found = await self._world.run(method.warnings, snapshot.target, domains)
+        before = self._warned.get(snapshot.uuid, frozenset())
+        if snapshot.uuid not in self.snapshots:
+            return
+        self._warned[snapshot.uuid] = frozenset(found)
+        for code in before - found.keys():
+            log.info(
+                "snapshot %s of disk %s of domain %s: no more %s",
+                snapshot.name,
+                snapshot.target.disk,
+                snapshot.domain_name,
+                code,
+                extra=fields(MessageId.WARNING, snapshot, code=code),
+            )
+        for code in found.keys() - before:
+            log.warning(
+                "snapshot %s of disk %s of domain %s: %s",
+                snapshot.name,
+                snapshot.target.disk,
+                snapshot.domain_name,
+                found[code],
+                extra=fields(MessageId.WARNING, snapshot, code=code),
+            )
+            self.warn(snapshot, code, found[code])
 
     def of(self, domain_uuid: str) -> Sequence[Snapshot]:
         """All of a domain."""

@@ -10,7 +10,7 @@ before others can find it, so that a daemon killed at any moment finds it again 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from snapd_vm.errors import HypervisorUnavailable
 from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
@@ -109,4 +109,16 @@ class Method(Protocol):
         """ "ready", "missing", "failed" or "detached": what the storage and the domains say now.
 
         `domains` are all that there are, by UUID.
+        """
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """A Method that can tell of trouble to come, too."""
+
+    def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
+        """What will soon go wrong with a snapshot or because of it: sentences by their codes.
+
+        Asked every half minute; a caller is told of a code when it appears. The sentences go to
+        everybody, so they name no path. `domains` are all that there are, by UUID.
         """

@@ -55,11 +55,16 @@ class Qemu:
     name = "qemu"
 
     def __init__(
-        self, hypervisor: Hypervisor, overlay_dirs: Sequence[str], commit_bandwidth: int
+        self,
+        hypervisor: Hypervisor,
+        overlay_dirs: Sequence[str],
+        commit_bandwidth: int,
+        low_space_percent: int,
     ) -> None:
-        """`commit_bandwidth` is the most that a delete may write, in bytes a second; 0: any."""
+        """See config.QemuConfig, but `commit_bandwidth` is in bytes a second here."""
         self._hypervisor = hypervisor
         self._commit_bandwidth = commit_bandwidth
+        self._low_space_percent = low_space_percent
         self._overlay_dirs = overlay_dirs
         # Operations after which QEMU has no node that libvirt does not know: those of this process
         # in which libvirt has not gone away in the middle of the switch. Only for the others is
@@ -306,6 +311,22 @@ class Qemu:
         read = storage.backing_chain(taken.path) if taken.format != "raw" else ()
         below = {storage.file_id(path) for path in (*taken.chain, *read)}
         return "ready" if origin in below else "detached"
+
+    def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
+        """See Warns: the overlay that the domain writes to may soon have no room to grow."""
+        found = Layer.of(target)
+        domain = domains.get(found.domain)
+        disk = domain.disk(target.disk) if domain is not None else None
+        if disk is None or not _same_file(disk.path, found.path):
+            return {}  # it grows no more
+        folder = os.path.dirname(found.path)
+        if not storage.space_below(folder, self._low_space_percent):
+            return {}
+        return {
+            "low-space": f"Disk {target.disk} is written to a file system with "
+            f"{storage.space_available(folder)} bytes left, and the guest stops when there are "
+            "none; make room, or delete snapshots."
+        }
 
 
 def _fit(path: str) -> str:
