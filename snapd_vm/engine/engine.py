@@ -204,6 +204,8 @@ class Engine:
         snapshot = self._shelf.get(snapshot_uuid)
         await self._refreshed(snapshot.domain_uuid)
         snapshot = await self._shelf.look(snapshot)
+        if snapshot.state is SnapshotState.DELETING:
+            raise Busy("The snapshot is being deleted, and its contents with it.")
         if snapshot.state is SnapshotState.MISSING:
             raise StorageFailed("The snapshot's storage is gone; there is nothing to read.")
         if snapshot.spoilt:

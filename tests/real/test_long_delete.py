@@ -125,6 +125,7 @@ async def test_a_cancelled_delete_leaves_the_disk_and_the_other_snapshots_as_the
     deleting = asyncio.create_task(delete(api, gone))
     job = await job_of(api, gone.snapshot)
     assert await progress_of(api, job, 0.1) < 0.9
+    await refused(api.backup_source(gone.snapshot), "Busy")
     await api.call(job, JOB, "Cancel")
     error = await refused(deleting, "Cancelled")
     assert "/" not in error.text
