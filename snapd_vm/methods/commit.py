@@ -238,6 +238,8 @@ def _commit(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch, bandw
         else:
             _commit_off(hypervisor, layer, found, watch, bandwidth)
     else:
+        if layer.origin_type == "file":
+            _check_space(layer)
         raise StorageFailed(f"The overlay of disk {disk} could not be committed.")
     _define_origin(hypervisor, layer, disk)
 

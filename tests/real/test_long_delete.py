@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from snapd_vm.model import ROOT_PATH
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -23,6 +24,7 @@ from tests.real.test_crash import active_file, files_of
 from tests.real.test_delete import chain_of, delete, marks
 
 JOB = f"{NAME}.Job"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 MIB = 1 << 20
 BANDWIDTH = 8
 FILLED = 40
@@ -54,6 +56,12 @@ async def job_of(api: Api, path: str) -> str:
             told = {name: row for name, row in added.body[1].items() if name == JOB}
             if told and told[JOB]["Objects"].value == [path]:
                 return str(added.body[0])
+
+
+async def jobs(api: Api) -> list[str]:
+    """The paths of all jobs."""
+    call = api.call(ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
+    return [path for path, found in (await call)[0].items() if JOB in found]
 
 
 async def progress_of(api: Api, job: str, above: float) -> float:
@@ -178,6 +186,76 @@ async def test_what_is_spoilt_stays_so_when_the_daemon_is_started_anew(
     await refused(api.backup_source(created.snapshot), "InvalidState")
     await delete(api, created)
     assert marks(large, 1) == ["text-0", "text-1"]
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_daemon_that_was_killed_takes_the_commit_up_again_as_a_job(
+    daemon: Lab, connect: Connect, large: Guest, cancelled: bool
+) -> None:
+    """To be cancelled, it must last longer than the 20 s that a start waits for what it mends."""
+    daemon.daemon.stop()
+    daemon.daemon.start({"qemu": {"commit_bandwidth": 2 if cancelled else BANDWIDTH}})
+    api = await connect()
+    await api.client.listen()
+    (created,) = await chain_of(api, large, 1)
+    large.fill("vda", "much", 2 * FILLED if cancelled else FILLED)
+    large.sync()
+    deleting = asyncio.create_task(delete(api, created))
+    await progress_of(api, await job_of(api, created.snapshot), 0.1)
+    await asyncio.to_thread(daemon.daemon.kill)
+    with pytest.raises(ApiError):
+        await deleting
+    assert large.domain.blockJobInfo("vda")  # QEMU goes on by itself
+    await asyncio.to_thread(daemon.daemon.start)
+    (job,) = await jobs(api)
+    told = await api.properties(job, JOB)
+    assert (told["Operation"], told["StartedByUID"]) == ("delete", 0)
+    assert told["Objects"] == [created.snapshot]
+    if cancelled:
+        assert 0 < told["Progress"] < 1
+        await api.call(job, JOB, "Cancel")
+        assert not large.domain.blockJobInfo("vda")
+        assert (await api.snapshots_of(large))[created.snapshot]["State"] == "failed"
+    else:
+        assert not await api.snapshots_of(large)
+    assert len(images.chain(active_file(large))) == (2 if cancelled else 1)
+    assert active_file(large) == active_file(large, 2)
+    assert marks(large, 1) == ["text-0", "text-1"]
+
+
+async def test_a_delete_that_runs_out_of_room_spoils_its_snapshot_and_nothing_else(
+    daemon: Lab, connect: Connect, lab: Lab
+) -> None:
+    small, elsewhere = lab.block.mounted("ext4", 128), lab.folder("elsewhere")
+    daemon.daemon.stop()
+    settings = {"commit_bandwidth": BANDWIDTH, "overlay_dirs": [str(elsewhere)]}
+    daemon.daemon.start({"qemu": settings})
+    api = await connect()
+    await api.client.listen()
+    guest = await asyncio.to_thread(lab.guest, [DiskSpec(size_mib=128, folder=small.path)])
+    guest.write("vda", "mark", "before")
+    named = f"<diskSnapshot method='qemu'><overlay file='{elsewhere}/over.qcow2'/></diskSnapshot>"
+    created = await api.create(guest, method_xml=named)
+    guest.fill("vda", "much", FILLED)
+    guest.sync()
+    active = active_file(guest)
+    deleting = asyncio.create_task(delete(api, created))
+    await progress_of(api, await job_of(api, created.snapshot), 0.1)
+    small.fill()
+    error = await refused(deleting, "NoSpace")
+    assert "make room" in error.text
+    assert active_file(guest) == active_file(guest, 2) == active
+    assert guest.state == "running"
+    guest.writes_go_on()
+    assert (await api.snapshots_of(guest))[created.snapshot]["State"] == "failed"
+    assert (await api.client.heard("Warning")).body[0] == "spoilt"
+    await refused(delete(api, created), "NoSpace")
+    small.drain()
+    await delete(api, created)
+    assert guest.read("vda", "mark") == "before"
+    guest.writes_go_on()
+    guest.remove()
+    small.unmount()
 
 
 async def test_a_guest_that_writes_faster_than_the_limit_does_not_keep_the_delete_from_ending(
