@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import libvirt
 from lxml import etree
 
-from snapd_vm.errors import Cancelled, StorageFailed, TimedOut
+from snapd_vm.errors import Busy, Cancelled, StorageFailed, TimedOut
 from snapd_vm.model import Domain
 from snapd_vm.virt import domainxml, mend, users
 from snapd_vm.virt.agent import Agent
@@ -36,6 +36,11 @@ _STATES = {
     libvirt.VIR_DOMAIN_CRASHED: "crashed",
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
+
+_COMMITS = (
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT,
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT,
+)
 
 _STALLED_S = 600
 _PIVOT_LIMIT_S = 60.0
@@ -209,15 +214,18 @@ class Hypervisor:
         `top` '' is the active image: the domain pivots back to `base` then. The base is always
         given, as without it the bottom of the chain is written to (virDomainBlockCommit). A job
         that runs already on the disk, as after a restart of ours, is taken up. `bandwidth` is in
-        bytes a second, 0 for no limit. Raises Cancelled, StorageFailed, and TimedOut where the job
-        makes no progress for a long time.
+        bytes a second, 0 for no limit. Raises Cancelled, StorageFailed, Busy where the job that
+        runs is none of ours, and TimedOut where it makes no progress for a long time.
         """
         flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         if not top:
             flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
             flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
         with self._domain(uuid) as domain:
-            if not domain.blockJobInfo(target):
+            running = domain.blockJobInfo(target)
+            if running and running["type"] not in _COMMITS:
+                raise Busy(f"Another block job is running on disk {target}; wait for its end.")
+            if not running:
                 try:
                     domain.blockCommit(target, base, top or None, bandwidth, flags)
                 except libvirt.libvirtError as error:

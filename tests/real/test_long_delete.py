@@ -223,6 +223,35 @@ async def test_a_daemon_that_was_killed_takes_the_commit_up_again_as_a_job(
     assert marks(large, 1) == ["text-0", "text-1"]
 
 
+async def test_a_commit_that_somebody_ended_while_no_daemon_ran_has_spoilt_the_snapshot(
+    limited: Api, large: Guest, lab: Lab, connect: Connect
+) -> None:
+    (created,) = await chain_of(limited, large, 1)
+    large.fill("vda", "much", FILLED)
+    large.sync()
+    deleting = asyncio.create_task(delete(limited, created))
+    await progress_of(limited, await job_of(limited, created.snapshot), 0.1)
+    await asyncio.to_thread(lab.daemon.kill)
+    with pytest.raises(ApiError):
+        await deleting
+    domain = large.domain
+    domain.blockJobAbort("vda")
+    scratch = lab.folder("scratch")
+    scratch.chmod(0o777)  # QEMU makes its socket there
+    server = f"<server transport='unix' socket='{scratch}/socket'/>"
+    disks = f"<disks><disk name='vda' type='file'><scratch file='{scratch}/vda'/></disk></disks>"
+    domain.backupBegin(f"<domainbackup mode='pull'>{server}{disks}</domainbackup>", None)
+    await asyncio.to_thread(lab.daemon.start)  # the delete can't be gone on with
+    api = await connect()
+    assert (await api.snapshots_of(large))[created.snapshot]["State"] == "failed"
+    assert domain.blockJobInfo("vda")["type"] == 5  # the backup, which nobody has touched
+    await refused(api.backup_source(created.snapshot), "InvalidState")
+    domain.abortJob()
+    await delete(api, created)
+    assert marks(large, 1) == ["text-0", "text-1"]
+    assert len(images.chain(active_file(large))) == 1
+
+
 async def test_a_delete_that_runs_out_of_room_spoils_its_snapshot_and_nothing_else(
     daemon: Lab, connect: Connect, lab: Lab
 ) -> None:
