@@ -5,7 +5,7 @@ No behaviour beyond what follows from the data itself, and no import of any othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
 from typing import TypeAlias
@@ -14,6 +14,9 @@ from snapd_vm.errors import SnapdError
 
 NAMESPACE = "https://example.org/xmlns/disk-snapshot/1"
 """The XML namespace of what we add to `<source>`."""
+
+Result: TypeAlias = Mapping[str, str | Sequence[str]]
+"""What a job has come to, by name."""
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
@@ -215,13 +218,13 @@ class Target:
 class Needs:
     """What a method says at check time: room in bytes, warnings for Plan, and the chain.
 
-    `chain` is how many images the disk's chain will have, 0 where it stays as it is.
+    `chains` is how many images the chain of each disk will have, if it does not stay as it is.
     """
 
     space_needed: int = 0
     space_available: int = 0
     warnings: tuple[str, ...] = ()
-    chain: int = 0
+    chains: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +298,7 @@ class Job:
     progress_valid: bool = False
     bytes: int = 0
     done: bool = False
-    result: Mapping[str, str] = field(default_factory=dict)
+    result: Result = field(default_factory=dict)
 
 
 ROOT_PATH = "/org/example/DiskSnapshot"

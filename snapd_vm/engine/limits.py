@@ -5,24 +5,25 @@ A chain that nobody shortens makes every read slower, and ends where QEMU and li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from snapd_vm.config import Config
 from snapd_vm.errors import NoSpace
 from snapd_vm.model import Snapshot, SnapshotState
 
 
-def check(config: Config, disk: str, known: Sequence[Snapshot], chain: int) -> None:
+def check(config: Config, disk: str, known: Sequence[Snapshot], chains: Mapping[str, int]) -> None:
     """Refuse one snapshot more of `disk`, which has `known`, where a limit is reached.
 
-    `chain` is how many images the disk's chain would have, 0 where it stays as it is. Raises
-    NoSpace, which names the snapshot to delete.
+    `chains` is how many images the chains of disks would have, see model.Needs. Raises NoSpace,
+    which names the snapshot to delete.
     """
     if len(known) >= config.snapshot_limit:
         raise NoSpace(
             f"Disk {disk} has {len(known)} snapshots, and snapshot_limit is "
             f"{config.snapshot_limit}; delete its oldest one, '{_oldest(known)}', first."
         )
+    chain = chains.get(disk, 0)
     if chain > config.chain_limit:
         what = (
             f"delete its oldest snapshot, '{_oldest(known)}', first"

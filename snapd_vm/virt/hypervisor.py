@@ -7,22 +7,20 @@ keep-alive within 20 s, a call on a domain with a stuck job after 30 s (qemu dri
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import libvirt
 from lxml import etree
 
-from snapd_vm.errors import Busy, Cancelled, StorageFailed, TimedOut
+from snapd_vm.errors import StorageFailed
 from snapd_vm.model import Domain
-from snapd_vm.virt import domainxml, mend, users
+from snapd_vm.virt import blockcommit, domainxml, mend, users
 from snapd_vm.virt.agent import Agent
 from snapd_vm.virt.agentlibvirt import LibvirtAgent
 from snapd_vm.virt.agentsocket import SocketAgent
-from snapd_vm.virt.connection import LOST_DOMAINS, ConnectionPool
+from snapd_vm.virt.connection import ConnectionPool
 
 T = TypeVar("T")
 
@@ -37,30 +35,12 @@ _STATES = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 
-_COMMITS = (
-    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT,
-    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT,
-)
-
-_STALLED_S = 600
-_PIVOT_LIMIT_S = 60.0
-
 _SNAPSHOT_FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
-
-
-class Watch(Protocol):
-    """Who watches a block job; see methods.method.Watch."""
-
-    @property
-    def cancelled(self) -> bool: ...
-    def progress(self, done: int, total: int) -> None: ...
-    def past_return(self) -> None: ...
-    def spoil(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +73,9 @@ class Hypervisor:
         self._pool = pool
         self._qemu_user: tuple[int, int] | None = None
 
-    @contextlib.contextmanager
-    def _domain(self, uuid: str) -> Iterator[libvirt.virDomain]:
-        with self._pool.connection() as connection:
-            yield connection.lookupByUUIDString(uuid)
-
     def read(self, uuid: str) -> Domain:
         """The domain as libvirt describes it now. Raises NoSuchDomain."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             return read_domain(domain)
 
     def redefine_disk(
@@ -136,7 +111,7 @@ class Hypervisor:
         (virDomainAttachDeviceFlags with AFFECT_CONFIG).
         """
         with self._pool.connection() as connection:
-            domains = _read_all(connection)
+            domains = _definitions(connection)
         return users.user_of(path, uuid, target, domains, self.pool_folders())
 
     def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent:
@@ -147,44 +122,57 @@ class Hypervisor:
 
     def off_state(self, uuid: str) -> OffState:
         """Why the domain is off, and whether it has a managed save image."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             _, reason = domain.state()
             return OffState(reason, bool(_if_supported(domain.hasManagedSaveImage)))
 
     def managed_save(self, uuid: str) -> bool:
         """Whether the domain has a managed save image."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             return bool(_if_supported(domain.hasManagedSaveImage))
 
     def checkpoints(self, uuid: str) -> bool:
         """Whether the domain has checkpoints (refuse offline disk-only snapshots)."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             return bool(_if_supported(domain.listAllCheckpoints))
 
     def running_job(self, uuid: str, target: str) -> str:
         """What occupies the domain or the disk: a block job, backup, migration or save; or ''."""
-        with self._domain(uuid) as domain:
-            if not domain.isActive():
-                return ""
-            if _if_supported(lambda: domain.blockJobInfo(target)):
-                return "a block job is running on the disk"
-            with contextlib.suppress(libvirt.libvirtError):  # no backup job: an error
-                domain.backupGetXMLDesc()
-                return "a backup of the domain is running"
-            stats = _if_supported(domain.jobStats) or {}
-            if stats.get("type", 0) in (
+        with self._pool.domain(uuid) as domain:
+            try:
+                if _if_supported(lambda: domain.blockJobInfo(target)):
+                    return "a block job is running on the disk"
+                stats = _if_supported(domain.jobStats) or {}
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:  # it is off
+                    return ""
+                raise
+            if stats.get("type", 0) not in (
                 libvirt.VIR_DOMAIN_JOB_BOUNDED,
                 libvirt.VIR_DOMAIN_JOB_UNBOUNDED,
             ):
-                return "a migration, save or other job of the domain is running"
-            return ""
+                return ""
+            if stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+                return "a backup of the domain is running"
+            return "a migration, save or other job of the domain is running"
+
+    def suspend(self, uuid: str) -> None:
+        """Stop the domain's vCPUs; QEMU flushes its buffers (virDomainSuspend)."""
+        with self._pool.domain(uuid) as domain:
+            domain.suspend()
+
+    def resume(self, uuid: str) -> None:
+        """Let the domain's vCPUs run, if they do not (virDomainResume)."""
+        with self._pool.domain(uuid) as domain:
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
 
     def capacity(self, uuid: str, target: str) -> int:
         """The virtual size of the disk in bytes (virDomainGetBlockInfo).
 
         It waits for a job that is changing the domain, so it also serves to wait for one to end.
         """
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             try:
                 return int(domain.blockInfo(target)[0])
             except libvirt.libvirtError as error:
@@ -203,37 +191,15 @@ class Hypervisor:
         with REUSE_EXT libvirt makes no overlay, nor does it look into one.
         """
         xml = domainxml.snapshot_xml([*overlays, *others], overlays)
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS)
 
     def commit(
-        self, uuid: str, target: str, base: str, top: str, bandwidth: int, watch: Watch
+        self, uuid: str, target: str, base: str, top: str, bandwidth: int, watch: blockcommit.Watch
     ) -> None:
-        """Commit `top` of a disk's chain into `base`, its backing file, while the domain runs.
-
-        `top` '' is the active image: the domain pivots back to `base` then. The base is always
-        given, as without it the bottom of the chain is written to (virDomainBlockCommit). A job
-        that runs already on the disk, as after a restart of ours, is taken up. `bandwidth` is in
-        bytes a second, 0 for no limit. Raises Cancelled, StorageFailed, Busy where the job that
-        runs is none of ours, and TimedOut where it makes no progress for a long time.
-        """
-        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
-        if not top:
-            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
-            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
-        with self._domain(uuid) as domain:
-            running = domain.blockJobInfo(target)
-            if running and running["type"] not in _COMMITS:
-                raise Busy(f"Another block job is running on disk {target}; wait for its end.")
-            if not running:
-                try:
-                    domain.blockCommit(target, base, top or None, bandwidth, flags)
-                except libvirt.libvirtError as error:
-                    if error.get_error_domain() in LOST_DOMAINS:  # it may have begun
-                        watch.spoil()
-                    raise
-            watch.spoil()  # the base is written to
-            _follow(domain, target, watch, active=not top)
+        """Commit an image of a running domain's disk into its backing file; see blockcommit.py."""
+        with self._pool.domain(uuid) as domain:
+            blockcommit.commit(domain, target, base, top, bandwidth, watch)
 
     def pool_folders(self) -> Sequence[str]:
         """The folders of the active storage pools that are folders (dir, fs, netfs)."""
@@ -270,61 +236,15 @@ def _if_supported(call: Callable[[], T]) -> T | None:
         raise
 
 
-def _follow(domain: libvirt.virDomain, target: str, watch: Watch, *, active: bool) -> None:
-    """Wait for a block job's end; an active one is pivoted once it is ready.
-
-    A limit of the bandwidth is taken off when what there was to write at first could have been
-    written: the job is never ready as long as the guest writes faster.
-    """
-    began = moved = time.monotonic()
-    last, first, pause = (-1, -1), 0, 0.005
-    while info := domain.blockJobInfo(target, libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES):
-        now = (int(info["cur"]), int(info["end"]))
-        first = first or now[1]
-        watch.progress(*now)
-        if active and now[0] == now[1] and domainxml.mirror_ready(domain.XMLDesc(), target):
-            with contextlib.suppress(Cancelled):  # see below
-                watch.past_return()
-                _pivot(domain, target)
-                return
-        if watch.cancelled:
-            domain.blockJobAbort(target)
-            raise Cancelled(
-                "The commit was cancelled: the disk is as it was, and of the snapshot nothing is "
-                "left but to delete it."
-            )
-        bandwidth = int(info["bandwidth"])
-        if active and bandwidth and time.monotonic() > began + first / bandwidth:
-            domain.blockJobSetSpeed(target, 0)
-        if now != last:
-            last, moved = now, time.monotonic()
-        elif time.monotonic() > moved + _STALLED_S:
-            domain.blockJobAbort(target)
-            raise TimedOut(f"The commit of disk {target} made no progress for {_STALLED_S} s.")
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
-
-
-def _pivot(domain: libvirt.virDomain, target: str) -> None:
-    """Pivot; "not ready" although it was announced happens, and is tried again."""
-    deadline = time.monotonic() + _PIVOT_LIMIT_S
-    while True:
-        try:
-            domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-            return
-        except libvirt.libvirtError as error:
-            not_ready = error.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
-            if not not_ready or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-
-
-def _read_all(connection: libvirt.virConnect) -> list[Domain]:
-    """Every domain, or an error: one that can't be read may be the one that is looked for."""
+def _definitions(connection: libvirt.virConnect) -> list[Domain]:
+    """The disks of every domain, or an error: one that can't be read may be the one looked for."""
     found = []
     for domain in connection.listAllDomains():
         try:
-            found.append(read_domain(domain))
+            # No state is asked for, and a transient one has as its definition what it runs with:
+            # there may be hundreds.
+            live = domain.XMLDesc()
+            found.append(_described(domain, live, state="nostate", persistent=True))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone between the two calls
                 raise
@@ -333,11 +253,16 @@ def _read_all(connection: libvirt.virConnect) -> list[Domain]:
 
 def read_domain(domain: libvirt.virDomain) -> Domain:
     """A Domain from a libvirt domain. Raises libvirt.libvirtError, as when it is gone."""
-    connection = domain.connect()
     state, _ = domain.state()
-    number = domain.ID()
     persistent = bool(domain.isPersistent())
     live = domain.XMLDesc()
+    return _described(domain, live, state=_STATES.get(state, "nostate"), persistent=persistent)
+
+
+def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: bool) -> Domain:
+    """Its ID is taken from the XML: what `domain` itself says is of when it was looked up."""
+    connection = domain.connect()
+    number = domainxml.instance(live)
     inactive = None
     if number != -1 and persistent:
         inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
@@ -356,7 +281,7 @@ def read_domain(domain: libvirt.virDomain) -> Domain:
         live,
         inactive,
         id=number,
-        state=_STATES.get(state, "nostate"),
+        state=state,
         persistent=persistent,
         resolve_volume=resolve_volume,
     )
