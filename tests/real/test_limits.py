@@ -10,7 +10,7 @@ from tests.lab.lab import Lab
 from tests.real import images
 from tests.real.api import SNAPSHOT, Api
 from tests.real.conftest import Connect
-from tests.real.places import Places, file_of, unchanged
+from tests.real.places import Places, file_of, refused, unchanged, world
 from tests.real.test_refusals import places
 
 __all__ = ["places"]
@@ -41,6 +41,21 @@ async def test_one_snapshot_more_than_the_limit_is_refused_with_what_to_delete(
     await api.call(oldest.snapshot, SNAPSHOT, "Delete", "u", 0)
     await api.create(guest, name="newest")
     assert "'newer'" in (await unchanged(api, guest, "NoSpace", name="more")).text
+
+
+async def test_a_set_is_refused_for_the_one_disk_that_is_at_its_limit(
+    daemon: Lab, connect: Connect, places: Places
+) -> None:
+    api = await limited(daemon, connect, chain_limit=3)
+    guest = places.guest(places.disk(), places.disk(overlays=1), start=True)
+    await places.known(api)
+    await api.create_set(guest, "vda", "vdb", name="first")
+    before = world(guest), await api.snapshots_of(guest)
+    error = await refused(api.create_set(guest, "vda", "vdb", name="second"), "NoSpace")
+    assert "disk vdb" in error.text
+    assert "'first'" in error.text
+    assert (world(guest), await api.snapshots_of(guest)) == before
+    await api.create(guest, name="second")
 
 
 @pytest.mark.parametrize("running", [True, False])
