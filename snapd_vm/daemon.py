@@ -45,7 +45,10 @@ MethodTable = Callable[[Config, Hypervisor], Mapping[str, Method]]
 
 def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method]:
     """The methods of this daemon, in the order in which a default is looked for."""
-    qemu = Qemu(hypervisor, settings.qemu.overlay_dirs)
+    table = settings.qemu
+    qemu = Qemu(
+        hypervisor, table.overlay_dirs, table.commit_bandwidth << 20, table.low_space_percent
+    )
     return {qemu.name: qemu}
 
 

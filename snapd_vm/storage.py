@@ -148,17 +148,27 @@ def space_available(folder: str) -> int:
 
     Raises StorageFailed.
     """
-    try:
-        found = os.statvfs(folder)
-    except OSError as error:
-        raise StorageFailed(f"The folder {folder} can't be examined: {error.strerror}.") from error
+    found = _file_system(folder)
     return found.f_bavail * found.f_frsize
+
+
+def space_below(folder: str, percent: int) -> bool:
+    """Whether less than this share of the file system of `folder` is left to QEMU's user.
+
+    Raises StorageFailed.
+    """
+    found = _file_system(folder)
+    return found.f_bavail * 100 < found.f_blocks * percent
 
 
 def read_only(folder: str) -> bool:
     """Whether the file system of `folder` is mounted read-only. Raises StorageFailed."""
+    return bool(_file_system(folder).f_flag & os.ST_RDONLY)
+
+
+def _file_system(folder: str) -> os.statvfs_result:
     try:
-        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+        return os.statvfs(folder)
     except OSError as error:
         raise StorageFailed(f"The folder {folder} can't be examined: {error.strerror}.") from error
 

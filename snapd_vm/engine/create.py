@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def take(
     world: World,
     uuid: str,
     requests: Sequence[Request],
-    names: Collection[str],
+    names: Mapping[str, Snapshot],
     remembered: Sequence[Found],
     resumed: Callable[[], bool],
     watch: Watch,

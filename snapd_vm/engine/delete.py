@@ -6,13 +6,13 @@ Blocking functions for one worker thread; the engine holds the domain's lock aro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from snapd_vm.engine.journal import DeleteStep, Kind, Operation
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, Cancelled, InvalidState, SnapdError
 from snapd_vm.methods.method import Watch
-from snapd_vm.model import Flags, Snapshot, SnapshotState, Tag, snapshot_path
+from snapd_vm.model import Domain, Flags, Snapshot, SnapshotState, Tag, snapshot_path
 from snapd_vm.virt import domainxml
 
 _NOTHING_TO_DO = (SnapshotState.MISSING, SnapshotState.DETACHED)
@@ -30,17 +30,23 @@ def tag_of(snapshot: Snapshot) -> Tag:
     )
 
 
-def begin(world: World, snapshot: Snapshot) -> Operation:
-    """Check that it can be deleted, and write down that it will be. Raises SnapdErrors."""
+def begin(world: World, snapshot: Snapshot, domains: Mapping[str, Domain]) -> Operation:
+    """Check that it can be deleted, and write down that it will be. Raises SnapdErrors.
+
+    `domains` are all that there are, by UUID.
+    """
     tag = tag_of(snapshot)
     method = world.methods[snapshot.target.method]
-    if snapshot.state is SnapshotState.FAILED:
+    state = snapshot.state
+    if snapshot.spoilt and state is SnapshotState.FAILED:  # what else is wrong with it?
+        state = SnapshotState(method.state(snapshot.target, domains))
+    if state is SnapshotState.FAILED:
         raise InvalidState(
             "A domain's definition names the image that the snapshot is; correct it first."
         )
-    if snapshot.state not in (SnapshotState.READY, *_NOTHING_TO_DO):
-        raise Busy(f"The snapshot is {snapshot.state}; wait for its end.")
-    if snapshot.state is SnapshotState.READY:
+    if state not in (SnapshotState.READY, *_NOTHING_TO_DO):
+        raise Busy(f"The snapshot is {state}; wait for its end.")
+    if state is SnapshotState.READY:
         method.check_delete(snapshot.target, tag)
     world.reach(DeleteStep.CHECKED)
     operation = Operation(tag, Flags(0), (snapshot,), kind=Kind.DELETE)
@@ -54,7 +60,7 @@ def carry_out(
 ) -> Sequence[Snapshot]:
     """Do what was begun, again if need be; the other snapshots whose source has moved.
 
-    Raises Cancelled with all as it was, and the operation closed; other SnapdErrors with the
+    Raises Cancelled with the operation closed, and all as `left` says; other SnapdErrors with the
     operation open, to be called again.
     """
     snapshot = operation.drafts[0]
@@ -63,7 +69,7 @@ def carry_out(
         try:
             method.delete(snapshot.target, operation.tag, watch)
         except Cancelled:
-            world.journal.end(operation, [snapshot], release=False)
+            world.journal.end(operation, [left(snapshot, watch)], release=False)
             raise
     world.reach(DeleteStep.COMMITTED)
     moved = []
@@ -90,13 +96,20 @@ def _moved(other: Snapshot, into: Snapshot, target: object) -> Snapshot:
     )
 
 
-def give_up(world: World, operation: Operation) -> bool:
+def left(snapshot: Snapshot, watch: Watch) -> Snapshot:
+    """What a delete that did not come to its end has left of the snapshot."""
+    if not (watch.spoilt or snapshot.spoilt):
+        return snapshot
+    return dataclasses.replace(snapshot, state=SnapshotState.FAILED, spoilt=True)
+
+
+def give_up(world: World, operation: Operation, watch: Watch) -> bool:
     """Close a delete that failed, where the snapshot still stands; whether that could be told."""
     snapshot = operation.drafts[0]
     try:
         if not world.methods[snapshot.target.method].taken(snapshot.target, operation.tag):
             return False
-        world.journal.end(operation, [snapshot], release=False)
+        world.journal.end(operation, [left(snapshot, watch)], release=False)
     except SnapdError:
         return False
     return True

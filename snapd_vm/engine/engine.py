@@ -208,8 +208,15 @@ class Engine:
         snapshot = self._shelf.get(snapshot_uuid)
         await self._refreshed(snapshot.domain_uuid)
         snapshot = await self._shelf.look(snapshot)
+        if snapshot.state is SnapshotState.DELETING:
+            raise Busy("The snapshot is being deleted, and its contents with it.")
         if snapshot.state is SnapshotState.MISSING:
             raise StorageFailed("The snapshot's storage is gone; there is nothing to read.")
+        if snapshot.spoilt:
+            raise InvalidState(
+                "A delete of the snapshot was broken off, and its contents are no longer what they "
+                "were; delete it."
+            )
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
                 "A domain's definition names the image that the snapshot is, so it may change; "
@@ -294,7 +301,7 @@ class Engine:
         async with self._locks.hold(uuid, world.config.lock_timeout_s):
             self._require_connection()
             snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
-            operation = await world.run(delete.begin, world, snapshot)
+            operation = await world.run(delete.begin, world, snapshot, dict(self.domains))
             self._locks.block(uuid, "A snapshot of the domain is being deleted; wait for its end.")
             try:
                 await self._keeper.delete(operation, watch)

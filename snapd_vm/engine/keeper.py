@@ -209,10 +209,10 @@ class Keeper:
                 extra=fields(MessageId.FAILED, snapshot),
             )
             closed = isinstance(error, Cancelled) or await world.run(
-                delete.give_up, world, operation
+                delete.give_up, world, operation, watch
             )
             if closed:
-                self._shelf.replace(snapshot)
+                self._shelf.put_back(delete.left(snapshot, watch))
             else:
                 self._leave_open(operation)
             raise
@@ -242,6 +242,7 @@ class Keeper:
             uid=0,
             cancelable=True,
         )
+        running.spoil()  # nobody knows how far it had come
         try:
             await self.delete(operation, running)
         except SnapdError as error:

@@ -14,7 +14,7 @@ the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from snapd_vm.errors import HypervisorUnavailable
 from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
@@ -34,6 +34,13 @@ class Watch(Protocol):
 
     def past_return(self) -> None:
         """From here it can't be cancelled. Raises Cancelled if that was asked for before."""
+
+    def spoil(self) -> None:
+        """From here the contents of what is being deleted change: broken off, it is spoilt."""
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether that was said."""
 
 
 class Kept(HypervisorUnavailable):
@@ -94,8 +101,9 @@ class Method(Protocol):
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """Remove a snapshot that stands; the disk's present contents, and other snapshots', stay.
 
-        May be called again after it was broken off at any moment. Raises Cancelled, with all as it
-        was, if `watch` says so in time.
+        May be called again after it was broken off at any moment. Raises Cancelled if `watch` says
+        so in time: all is as it was then, unless `watch.spoil()` was called, after which the
+        deleted snapshot's own contents are not.
         """
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
@@ -105,4 +113,16 @@ class Method(Protocol):
         """ "ready", "missing", "failed" or "detached": what the storage and the domains say now.
 
         `domains` are all that there are, by UUID.
+        """
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """A Method that can tell of trouble to come, too."""
+
+    def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
+        """What will soon go wrong with a snapshot or because of it: sentences by their codes.
+
+        Asked every half minute; a caller is told of a code when it appears. The sentences go to
+        everybody, so they name no path. `domains` are all that there are, by UUID.
         """
