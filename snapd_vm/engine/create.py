@@ -25,6 +25,7 @@ from snapd_vm.errors import (
     HypervisorUnavailable,
     NameInUse,
     QuiesceFailed,
+    StorageFailed,
 )
 from snapd_vm.methods.method import Method, Watch
 from snapd_vm.model import (
@@ -362,7 +363,7 @@ def _read_back(
     draft = operation.drafts[0]
     domain = world.hypervisor.read(choice.domain.uuid)
     if not choice.method.taken(draft.target, operation.tag, domain):
-        raise HypervisorUnavailable("libvirt took the snapshot and does not show it.")
+        raise StorageFailed("The snapshot was taken and is not there; see the daemon's log.")
     disk = domain.disk(choice.disk.target)
     consistency = choice.floor
     if frozen.quiesced:
@@ -370,18 +371,20 @@ def _read_back(
     same = (domain.id, domain.state) == (choice.domain.id, choice.domain.state)
     if consistency is not Consistency.QUIESCED and (resumed() or not same):
         consistency = Consistency.CRASH  # started, resumed or stopped meanwhile
-    return domain, finish(draft, consistency, disk, choice.disk.path, frozen)
+    changed = disk if choice.method.redirects else None
+    return domain, finish(draft, consistency, changed, frozen)
 
 
 def finish(
     draft: Snapshot,
     consistency: Consistency,
-    disk: Disk | None,
-    former_path: str,
+    changed: Disk | None,
     frozen: freeze.Frozen,
 ) -> Snapshot:
-    """The record of a snapshot that stands, from its draft."""
-    changed = disk is not None and disk.path != former_path
+    """The record of a snapshot that stands, from its draft.
+
+    `changed` is the disk as the domain uses it now, if the method has given it another image.
+    """
     return dataclasses.replace(
         draft,
         consistency=consistency,
@@ -390,5 +393,5 @@ def finish(
         backup_source=domainxml.with_attributes(
             draft.backup_source, consistency=consistency, snapshot_path=snapshot_path(draft.uuid)
         ),
-        modified_disk=disk.xml if disk is not None and changed else "",
+        modified_disk=changed.xml if changed is not None else "",
     )
