@@ -22,6 +22,7 @@ from xml.sax.saxutils import quoteattr
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import clone
+from snapd_vm.methods.clonetarget import CloneTarget
 from snapd_vm.methods.method import Record, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 from snapd_vm.storage import FileId
@@ -40,47 +41,6 @@ class Hypervisor(Protocol):
 
     def user_of(self, path: str, uuid: str, target: str) -> str: ...
     def qemu_user(self) -> tuple[int, int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A Target's data. `inode` is the clone's, 0 before it was made.
-
-    `declared` is the image's path as the domain has it, `image` where that leads to.
-    """
-
-    snapshot: str
-    domain: str
-    active: bool
-    declared: str
-    image: str
-    identity: FileId
-    path: str
-    inode: int
-
-    @classmethod
-    def of(cls, target: Target) -> Copy:
-        data = target.data
-        return cls(
-            snapshot=str(data["snapshot"]),
-            domain=str(data["domain"]),
-            active=bool(data["active"]),
-            declared=str(data["declared"]),
-            image=str(data["image"]),
-            identity=FileId(_number(data["image_device"]), _number(data["image_inode"])),
-            path=str(data["clone"]),
-            inode=_number(data.get("inode")),
-        )
-
-    @property
-    def folder(self) -> str:
-        """The folder of image and clone."""
-        return os.path.dirname(self.path)
-
-    @property
-    def name(self) -> str:
-        """The clone's name there."""
-        return os.path.basename(self.path)
 
 
 @dataclass(slots=True)
@@ -140,19 +100,19 @@ class Reflink:
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The clone."""
-        path = Copy.of(target).path
+        path = CloneTarget.of(target).path
         source = f"<source file={quoteattr(path)}/>"
         return dataclasses.replace(disk, type="file", path=path, source_xml=source), "raw"
 
     def size(self, target: Target) -> int:
         """The file's size, as QEMU sees it."""
-        return storage.virtual_size(Copy.of(target).image, "raw")
+        return storage.virtual_size(CloneTarget.of(target).image, "raw")
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method. Cloning is tried on a file that never has a name."""
         available, warnings = 0, list[str]()
         for target in targets:
-            copy = Copy.of(target)
+            copy = CloneTarget.of(target)
             self._check_links(copy)
             with self._folder(copy.folder) as folder:
                 if _exists(folder, copy.name):
@@ -189,7 +149,7 @@ class Reflink:
         """
         prepared = []
         for target in targets:
-            copy = Copy.of(target)
+            copy = CloneTarget.of(target)
             with self._folder(copy.folder) as folder:
                 image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
                 try:
@@ -217,7 +177,7 @@ class Reflink:
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether the clone is there under its name, which it is given here once it is whole."""
-        copy = Copy.of(target)
+        copy = CloneTarget.of(target)
         draft = self._drafts.get((tag.uuid, target.disk))
         if draft is not None:
             if not draft.whole:
@@ -238,14 +198,14 @@ class Reflink:
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         """See Method. A clone without a name goes with its descriptor."""
         unnamed = self._close(target, tag)
-        copy = Copy.of(target)
+        copy = CloneTarget.of(target)
         if copy.inode == 0:  # nothing of it was made that could have got a name
             return unnamed
         return self._remove(copy) or unnamed
 
     def check_delete(self, target: Target, tag: Tag) -> None:
         """Refused while anybody reads the clone, or an image or definition names it."""
-        copy = Copy.of(target)
+        copy = CloneTarget.of(target)
         user = self._hypervisor.user_of(copy.path, "", "")
         if user:
             raise Busy(f"The snapshot is used by {user}.")
@@ -256,7 +216,7 @@ class Reflink:
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """Remove the clone."""
         watch.past_return()
-        self._remove(Copy.of(target))
+        self._remove(CloneTarget.of(target))
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
         """No clone depends on another."""
@@ -264,7 +224,7 @@ class Reflink:
 
     def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
         """See Method. A clone stands by itself, whatever becomes of its domain."""
-        copy = Copy.of(target)
+        copy = CloneTarget.of(target)
         own = clone.open_own(copy.path, copy.snapshot, copy.inode)
         if own is None:
             return "missing"
@@ -280,7 +240,7 @@ class Reflink:
         uid, gid = self._hypervisor.qemu_user()
         return storage.open_folder(folder, {0, uid}, {0, gid})
 
-    def _check_links(self, copy: Copy) -> None:
+    def _check_links(self, copy: CloneTarget) -> None:
         """Where the image's path is a symlink, only root and QEMU's user may have made it."""
         path = copy.declared
         for _ in range(_MOST_LINKS):
@@ -293,7 +253,7 @@ class Reflink:
         if os.path.realpath(path) != copy.image:
             raise StorageFailed(f"The image {copy.declared} was replaced meanwhile; try again.")
 
-    def _remove(self, copy: Copy) -> bool:
+    def _remove(self, copy: CloneTarget) -> bool:
         with self._folder(copy.folder) as folder:
             removed = clone.remove(folder, copy.name, copy.snapshot, copy.inode)
             if removed:
@@ -340,7 +300,3 @@ def _exists(folder: int, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _number(value: Json) -> int:
-    return value if isinstance(value, int) else 0
