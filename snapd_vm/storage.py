@@ -225,6 +225,7 @@ def reader_of(path: str, uuid: str) -> str:
 
 def _has_open(process: Path, wanted: FileId) -> bool:
     try:
-        return any(file_id(entry.path) == wanted for entry in os.scandir(process / "fd"))
+        with os.scandir(process / "fd") as entries:
+            return any(file_id(entry.path) == wanted for entry in entries)
     except OSError:  # it has ended, or it is none of ours to look at
         return False

@@ -372,6 +372,8 @@ def _read_back(
     if consistency is not Consistency.QUIESCED and (resumed() or not same):
         consistency = Consistency.CRASH  # started, resumed or stopped meanwhile
     changed = disk if choice.method.redirects else None
+    if changed is None and (disk is None or disk.path != choice.disk.path):
+        raise Busy("The disk was given another image by somebody else meanwhile; try again.")
     return domain, finish(draft, consistency, changed, frozen)
 
 

@@ -17,7 +17,8 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from xml.sax.saxutils import quoteattr
+
+from lxml import etree
 
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
@@ -101,7 +102,12 @@ class Reflink:
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The clone."""
         path = CloneTarget.of(target).path
-        source = f"<source file={quoteattr(path)}/>"
+        try:
+            source = etree.tostring(etree.Element("source", file=path), encoding="unicode")
+        except ValueError:  # where a symlink leads to, libvirt has not looked at
+            raise StorageFailed(
+                "The path of the image behind a symlink has characters that XML can't hold."
+            ) from None
         return dataclasses.replace(disk, type="file", path=path, source_xml=source), "raw"
 
     def size(self, target: Target) -> int:

@@ -9,13 +9,16 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from lxml import etree
 
 from snapd_vm.engine.journal import DeleteStep, Step
+from tests.lab.daemon import Daemon
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -78,7 +81,9 @@ async def agrees(api: Api, guest: Guest, files_before: set[str], file_before: st
     return "snapshot"
 
 
-async def agrees_reflink(api: Api, guest: Guest, files_before: set[str], file_before: str) -> str:
+async def agrees_reflink(
+    daemon: Daemon, api: Api, guest: Guest, files_before: set[str], file_before: str
+) -> str:
     """The same where the domain stays on its file, and a clone stands beside it."""
     wait_until("the guest is thawed", lambda: not guest.agent_says_frozen(), 20)
     guest.writes_go_on()
@@ -86,6 +91,7 @@ async def agrees_reflink(api: Api, guest: Guest, files_before: set[str], file_be
     assert active_file(guest) == active_file(guest, 2) == file_before
     snapshots = await api.snapshots_of(guest)
     new = files_of(guest) - files_before
+    assert not unnamed(daemon)
     if not snapshots:
         assert not new
         return "nothing"
@@ -97,6 +103,15 @@ async def agrees_reflink(api: Api, guest: Guest, files_before: set[str], file_be
     assert "i" in run("lsattr", source.get("file") or "").split()[0]
     assert os.path.getsize(source.get("file") or "") == os.path.getsize(file_before)
     return "snapshot"
+
+
+def unnamed(daemon: Daemon) -> list[str]:
+    """Files without a name in folders of images that the daemon still has open."""
+    links = []
+    for entry in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(entry))
+    return [link for link in links if link.endswith(" (deleted)") and "/#" in link]
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
     mounted = lab.block.mounted("xfs", 4096)
     running = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
     # Before its name is given, when it is read back, the clone goes with the daemon.
-    yield Subject("reflink", running, agrees_reflink, Step.READ_BACK)
+    yield Subject("reflink", running, partial(agrees_reflink, lab.daemon), Step.READ_BACK)
     running.remove()
     mounted.unmount()
 

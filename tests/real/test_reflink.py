@@ -21,6 +21,7 @@ from tests.real import images
 from tests.real.api import DOMAIN, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, Created, path_of
 from tests.real.conftest import Connect
 from tests.real.places import refused
+from tests.real.test_crash import unnamed
 
 VDB = "<disk><target dev='vdb'/></disk>"
 VDA = "<disk><target dev='vda'/></disk>"
@@ -65,18 +66,6 @@ def text_in(image: str, file: str) -> str:
 
 def opened_by(pid: int, path: str) -> bool:
     return any(os.readlink(fd) == path for fd in Path(f"/proc/{pid}/fd").iterdir())
-
-
-def unfinished(lab: Lab) -> list[str]:
-    """Files without a name that the daemon still has open."""
-    folder = Path(f"/proc/{lab.daemon.pid}/fd")
-    links = []
-    for entry in folder.iterdir():
-        try:
-            links.append(os.readlink(entry))
-        except FileNotFoundError:
-            continue
-    return [link for link in links if link.endswith("(deleted)") and ".img" not in link]
 
 
 @pytest.mark.parametrize("target", ["vda", "vdb"])
@@ -146,7 +135,7 @@ async def test_quiesced_clones_are_clean_and_others_need_recovery(
         await delete(api, made)
         await delete(api, crash)
     assert files(own) == before
-    assert not unfinished(daemon)
+    assert not unnamed(daemon.daemon)
 
 
 async def test_plan_and_disks_say_the_same(api: Api, own: Guest) -> None:

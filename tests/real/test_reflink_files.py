@@ -10,11 +10,13 @@ import os
 import sqlite3
 import struct
 import subprocess
+import sys
 import uuid as uuids
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lxml import etree
 
 from snapd_vm import storage
 from snapd_vm.engine.journal import Step
@@ -249,6 +251,42 @@ async def test_an_image_that_is_replaced_after_the_check(
     path.with_suffix(".old").rename(path)
 
 
+@pytest.mark.parametrize("step", [Step.ARMED, Step.SWITCHED])
+async def test_a_disk_that_is_given_another_image_meanwhile(
+    connect: Connect, faulty: Lab, places: Places, cloning: Mounted, step: Step, tmp_path: Path
+) -> None:
+    """What was cloned is then not what the domain wrote to at that moment."""
+    flag = tmp_path / "flag"
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", f"wait:{flag}"))
+    api = await connect()
+    path, other = raw(cloning.path), raw(cloning.path)
+    guest = await guest_on(api, places, path)
+    call = asyncio.create_task(api.create(guest))
+    await asyncio.to_thread(wait_until, "it has come so far", flag.exists, 20)
+    disk = etree.fromstring(guest.disk().xml)
+    source = disk.find("source")
+    assert source is not None
+    source.set("file", str(other))
+    guest.domain.updateDeviceFlags(etree.tostring(disk, encoding="unicode"), CONFIG)
+    flag.unlink()
+    error = await refused(call, "Busy")
+    assert "another image" in error.text
+    for folder, name in ((path.parent, path.name), (other.parent, other.name)):
+        assert os.listdir(folder) == [name]
+    assert not await api.snapshots_of(guest)
+
+
+async def test_an_image_whose_path_is_no_text(api: Api, places: Places, cloning: Mounted) -> None:
+    path = raw(cloning.path)
+    odd = Path(os.fsdecode(os.fsencode(path.parent) + b"\xff\x01"))
+    path.parent.rename(odd)
+    link = places.folder() / "link.raw"
+    link.symlink_to(odd / path.name)
+    guest = await guest_on(api, places, link)
+    error = await unchanged(api, guest, "StorageFailed", method_xml=REFLINK)
+    assert "symlink" in error.text
+
+
 async def test_an_image_behind_a_symlink(api: Api, places: Places, cloning: Mounted) -> None:
     path = raw(cloning.path)
     link = places.folder() / "link.raw"
@@ -360,6 +398,22 @@ async def test_what_a_guest_wrote_into_its_disk_holds_up_nobody(
     created = await api.create(guest)
     await api.create(other, method_xml=QEMU)
     await delete(api, created)
+
+
+async def test_every_reader_counts(places: Places) -> None:
+    """Of a file that no domain is to have open, the domain's own QEMU is a reader too."""
+    path = raw(places.folder())
+    reads = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", reads, str(path), "-uuid", "1234"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe) as reader:
+        assert reader.stdout is not None
+        assert reader.stdin is not None
+        reader.stdout.readline()
+        assert str(reader.pid) in storage.reader_of(str(path), "")
+        assert str(reader.pid) in storage.reader_of(str(path), "5678")
+        assert storage.reader_of(str(path), "1234") == ""
+        reader.stdin.close()
 
 
 async def test_a_clone_that_others_build_on_is_not_deleted(
