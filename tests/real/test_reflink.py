@@ -165,10 +165,12 @@ async def test_named_explicitly_and_with_a_name_that_is_taken(api: Api, own: Gue
 async def test_a_clone_that_is_being_read_is_not_deleted(api: Api, own: Guest) -> None:
     created = await api.create(own)
     with subprocess.Popen(["tail", "-f", created.file], stdout=subprocess.DEVNULL) as reader:
-        wait_until("it reads", lambda: opened_by(reader.pid, created.file), 10)
-        error = await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "Busy")
-        assert f"tail (process {reader.pid})" in error.text
-        reader.kill()
+        try:
+            wait_until("it reads", lambda: opened_by(reader.pid, created.file), 10)
+            error = await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "Busy")
+        finally:
+            reader.kill()
+    assert f"tail (process {reader.pid})" in error.text
     loop = run("losetup", "--find", "--show", "--read-only", created.file).strip()
     error = await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "Busy")
     assert os.path.basename(loop) in error.text
