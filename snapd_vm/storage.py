@@ -23,6 +23,9 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence,
 _OFD_GETLK = 36  # F_OFD_GETLK, which Python 3.11's fcntl lacks
 _WRITE_BYTE = 101
 
+MARK = "trusted.snapd-vm"
+"""The extended attribute of files that are snapshots of ours; only root can set or see it."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileId:
@@ -72,6 +75,14 @@ def backing_chain(path: str, limit: int = 1024) -> Iterator[str]:
             return
 
 
+def is_marked(path: str) -> bool:
+    """Whether the file is marked as a snapshot of ours."""
+    try:
+        return bool(os.getxattr(path, MARK, follow_symlinks=False))
+    except OSError:
+        return False
+
+
 def virtual_size(path: str, image_format: str) -> int:
     """The size in bytes of the disk in the image at `path`, "raw" or "qcow2", as QEMU sees it.
 
@@ -117,7 +128,7 @@ def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -
             if not _kept(fd, owners, groups, last):
                 raise MethodNotSupported(
                     f"The folder {folder} can be changed by others than root and QEMU's user; "
-                    "name an overlay in a folder of qemu.overlay_dirs."
+                    "use method qemu with an overlay in a folder of qemu.overlay_dirs."
                 )
         yield fd
     finally:
@@ -197,8 +208,8 @@ def write_locked(path: str) -> bool:
 def reader_of(path: str, uuid: str) -> str:
     """Who has the file or device open, in words, besides the QEMU of domain `uuid`; '' : nobody.
 
-    Looks at every process's descriptors (proc(5), /proc/PID/fd) and at what the kernel has stacked
-    on it: loop devices and block holders (sysfs).
+    With `uuid` '' no QEMU is left out. Looks at every process's descriptors (proc(5), /proc/PID/fd)
+    and at what the kernel has stacked on it: loop devices and block holders (sysfs).
     """
     wanted = file_id(path)
     if wanted is None:
@@ -216,7 +227,7 @@ def reader_of(path: str, uuid: str) -> str:
             continue
         with contextlib.suppress(OSError):
             argv = (process / "cmdline").read_bytes().split(b"\0")
-            if b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
+            if uuid and b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
                 continue
             return f"{(process / 'comm').read_text().strip()} (process {process.name})"
     return ""
@@ -224,6 +235,7 @@ def reader_of(path: str, uuid: str) -> str:
 
 def _has_open(process: Path, wanted: FileId) -> bool:
     try:
-        return any(file_id(entry.path) == wanted for entry in os.scandir(process / "fd"))
+        with os.scandir(process / "fd") as entries:
+            return any(file_id(entry.path) == wanted for entry in entries)
     except OSError:  # it has ended, or it is none of ours to look at
         return False

@@ -308,6 +308,8 @@ class Engine:
             finally:
                 if not self._keeper.is_open(uuid):
                     self._locks.unblock(uuid)
+        if not snapshot.modified_disk:  # the domain has used the same image all the time
+            return ""
         domain = self.domains.get(uuid)
         disk = domain.disk(snapshot.target.disk) if domain is not None else None
         return disk.xml if disk is not None else ""

@@ -55,6 +55,13 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def redirects(self) -> bool:
+        """Whether the domain uses another image once the snapshot is taken."""
+
+    def suits(self, disk: Disk) -> str:
+        """What kind of disk it is, in words, that the method is the default for."""
+
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
     ) -> Target | None:

@@ -53,6 +53,7 @@ class Qemu:
     """See the top of the file."""
 
     name = "qemu"
+    redirects = True
 
     def __init__(
         self,
@@ -70,6 +71,10 @@ class Qemu:
         # those of this process in which libvirt has not gone away in the middle of the switch. Only
         # for the others is QEMU's monitor asked, as that marks the domain.
         self._in_order: set[tuple[str, str]] = set()
+
+    def suits(self, disk: Disk) -> str:
+        """See Method."""
+        return f"a {disk.format} image on a {disk.type} source"
 
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
