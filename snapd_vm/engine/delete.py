@@ -74,8 +74,10 @@ def carry_out(
     world.reach(DeleteStep.COMMITTED)
     moved = []
     for other in others:
+        if other.uuid == snapshot.uuid or other.target.method != method.name:
+            continue
         target = method.moved(snapshot.target, other.target)
-        if other.uuid != snapshot.uuid and target is not None:
+        if target is not None:
             moved.append(_moved(other, snapshot, target))
     world.journal.deleted(operation, moved)
     world.reach(DeleteStep.ENDED)
