@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from snapd_vm.engine.journal import DeleteStep, Kind, Operation
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, Cancelled, InvalidState, SnapdError
-from snapd_vm.methods.method import Watch
+from snapd_vm.methods.method import Reverts, Watch
 from snapd_vm.model import Flags, Snapshot, SnapshotState, Tag, snapshot_path
 from snapd_vm.virt import domainxml
 
@@ -30,8 +30,11 @@ def tag_of(snapshot: Snapshot) -> Tag:
     )
 
 
-def begin(world: World, snapshot: Snapshot) -> Operation:
-    """Check that it can be deleted, and write down that it will be. Raises SnapdErrors."""
+def begin(world: World, snapshot: Snapshot, others: Iterable[Snapshot], uid: int) -> Operation:
+    """Check that it can be deleted, and write down that it will be. Raises SnapdErrors.
+
+    `others` are the domain's other snapshots, `uid` is who asks.
+    """
     tag = tag_of(snapshot)
     method = world.methods[snapshot.target.method]
     if snapshot.state is SnapshotState.FAILED:
@@ -40,10 +43,13 @@ def begin(world: World, snapshot: Snapshot) -> Operation:
         )
     if snapshot.state not in (SnapshotState.READY, *_NOTHING_TO_DO):
         raise Busy(f"The snapshot is {snapshot.state}; wait for its end.")
+    if isinstance(method, Reverts):
+        target = method.among(snapshot.target, [other.target for other in others])
+        snapshot = dataclasses.replace(snapshot, target=target)
     if snapshot.state is SnapshotState.READY:
         method.check_delete(snapshot.target, tag)
     world.reach(DeleteStep.CHECKED)
-    operation = Operation(tag, Flags(0), (snapshot,), kind=Kind.DELETE)
+    operation = Operation(tag, Flags(0), (snapshot,), kind=Kind.DELETE, uid=uid)
     world.journal.begin(operation)
     world.reach(DeleteStep.BEGUN)
     return operation
@@ -63,7 +69,7 @@ def carry_out(
         try:
             method.delete(snapshot.target, operation.tag, watch)
         except Cancelled:
-            world.journal.end(operation, [snapshot], release=False)
+            world.journal.end(operation, [], release=False)
             raise
     world.reach(DeleteStep.COMMITTED)
     moved = []
@@ -96,7 +102,7 @@ def give_up(world: World, operation: Operation) -> bool:
     try:
         if not world.methods[snapshot.target.method].taken(snapshot.target, operation.tag):
             return False
-        world.journal.end(operation, [snapshot], release=False)
+        world.journal.end(operation, [], release=False)
     except SnapdError:
         return False
     return True

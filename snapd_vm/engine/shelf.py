@@ -84,12 +84,12 @@ class Shelf:
     async def look(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its State of now; tells of a change, and warns of a bad one."""
         method = self._world.methods.get(snapshot.target.method)
-        if method is None or not self._connected():
+        if method is None or not self._connected() or self._at_work(snapshot):
             return snapshot
         domains = dict(self._domains())
         state = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
         current = self.snapshots.get(snapshot.uuid)
-        if current is None or state is current.state or current.state in _AT_WORK:
+        if current is None or state is current.state or self._at_work(current):
             return current or snapshot
         new = dataclasses.replace(current, state=state)
         log.warning(
@@ -112,6 +112,12 @@ class Shelf:
                 "what was written since is lost and the snapshot changes.",
             )
         return new
+
+    def _at_work(self, snapshot: Snapshot) -> bool:
+        """Whether what would be seen is not for long: a revert changes all of a disk's."""
+        return snapshot.state in _AT_WORK or any(
+            one.state is SnapshotState.REVERTING for one in self.of(snapshot.domain_uuid)
+        )
 
     async def look_at_domain(self, uuid: str) -> None:
         """Look at all snapshots of a domain; what happens to it meanwhile causes one more look.

@@ -10,7 +10,7 @@ before others can find it, so that a daemon killed at any moment finds it again 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from snapd_vm.errors import HypervisorUnavailable
 from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
@@ -102,3 +102,45 @@ class Method(Protocol):
 
         `domains` are all that there are, by UUID.
         """
+
+
+@runtime_checkable
+class Reverts(Protocol):
+    """A method that can also bring a disk back to a snapshot of its own, the domain being off.
+
+    What is done, in order: `check_revert`; its answer goes into the journal; `prepare_revert`;
+    `revert`; `settle_revert`. The last is also the way back, after an error and after a daemon was
+    killed at any moment: a disk is reverted or it is as it was.
+    """
+
+    def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
+        """Everything for which a revert can be refused, without a change; `others` are the Targets
+        of the disk's other snapshots by this method.
+
+        The Target that it returns says all that the rest has to know.
+        """
+
+    def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
+        """Make what can be made before the disk changes; returns the Target with what it knows.
+
+        Calls `record` once with that, before anything has a name that others could take as theirs.
+        """
+
+    def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """Let the disk be the snapshot's; what it held until now is kept by the storage still.
+
+        Raises InvalidState if the domain was started meanwhile, and Cancelled if `watch` says so.
+        """
+
+    def settle_revert(self, target: Target, tag: Tag) -> bool:
+        """True: the disk is reverted, and what it held is removed. False: it is as it was, and
+        what was prepared is removed. It may be called again, whatever has happened in between.
+        """
+
+    def reverted(self, target: Target, other: Target) -> Target | None:
+        """What the Target of the snapshot itself, or of another of its disk, is after the revert;
+        None: what it was.
+        """
+
+    def among(self, target: Target, others: Sequence[Target]) -> Target:
+        """The Target with what a delete has to know of the disk's other snapshots."""
