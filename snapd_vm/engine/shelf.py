@@ -114,9 +114,11 @@ class Shelf:
         return new
 
     def _at_work(self, snapshot: Snapshot) -> bool:
-        """Whether what would be seen is not for long: a revert changes all of a disk's."""
-        return snapshot.state in _AT_WORK or any(
-            one.state is SnapshotState.REVERTING for one in self.of(snapshot.domain_uuid)
+        """Whether what would be seen is not for long: delete and revert change others of the disk
+        too, whose records are right again at their end."""
+        return any(
+            one.state in _AT_WORK and one.target.disk == snapshot.target.disk
+            for one in self.of(snapshot.domain_uuid)
         )
 
     async def look_at_domain(self, uuid: str) -> None:

@@ -120,7 +120,7 @@ def _check_off(hypervisor: Hypervisor, domain: Domain) -> None:
     if hypervisor.checkpoints(domain.uuid):
         raise InvalidState(
             "The domain has checkpoints, which are kept in the image that a revert discards; "
-            "delete them with 'virsh checkpoint-delete' first."
+            "delete them with 'virsh checkpoint-delete --metadata' first."
         )
 
 

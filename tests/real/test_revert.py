@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lxml import etree
 
-from snapd_vm.engine.journal import RevertStep
 from snapd_vm.model import NAMESPACE
-from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
 from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, Created
-from tests.real.conftest import Connect
-from tests.real.places import INACTIVE, Places, file_of, image, refused, with_image, world
-from tests.real.test_crash import FAULTY, faulty
-from tests.real.test_delete import DAEMON, chain_of, delete, own
+from tests.real.places import INACTIVE, Places, file_of
+from tests.real.test_crash import faulty
+from tests.real.test_delete import chain_of, delete, own
 
 __all__ = ["faulty", "own"]
 
@@ -53,12 +48,13 @@ def whole(path: str, scratch: Path) -> str:
     return images.checksum(path, "qcow2", scratch)
 
 
-async def stack(api: Api, guest: Guest, count: int) -> list[Created]:
+async def stack(api: Api, guest: Guest, count: int, method: str = "qemu") -> list[Created]:
     """So many snapshots of a domain that is off, each with a pattern of its own before it."""
     found = []
     for number in range(count):
         put(file_of(guest), number + 1, mib=number, count=2)
-        found.append(await api.create(guest, name=f"s{number}"))
+        method_xml = f"<diskSnapshot method='{method}'/>"
+        found.append(await api.create(guest, method_xml=method_xml, name=f"s{number}"))
     put(file_of(guest), 0xEE, count=6)
     return found
 
@@ -73,9 +69,7 @@ async def contents(api: Api, scratch: Path, stacked: list[Created]) -> list[str]
     return found
 
 
-async def test_a_guest_gets_its_disk_back(
-    api: Api, lab: Lab, tmp_path: Path
-) -> None:
+async def test_a_guest_gets_its_disk_back(api: Api, lab: Lab, tmp_path: Path) -> None:
     guest = lab.guest([DiskSpec(), DiskSpec()])
     guest.write("vda", "mark", "before")
     guest.write("vdb", "mark", "before")
@@ -206,4 +200,5 @@ async def test_older_ones_go_while_the_guest_runs_on_what_it_went_back_to(
     guest.poweroff()
     guest.start()
     assert guest.read("vda", "mark9") == "later"
+    assert f"{guest.name} is detached" not in lab.daemon.log
     guest.remove()
