@@ -17,7 +17,7 @@ from xml.sax.saxutils import quoteattr
 
 from snapd_vm import cli_bus, cli_snapshots, cli_text
 from snapd_vm.cli_bus import CallError, Service, connect
-from snapd_vm.cli_delete import delete
+from snapd_vm.cli_changes import delete, revert
 from snapd_vm.cli_job import Followed
 from snapd_vm.cli_outcome import UsageError
 from snapd_vm.errors import NoSuchDomain
@@ -33,7 +33,7 @@ async def run(options: argparse.Namespace) -> str:
                 _require_text(value)
     if options.command in ("create", "plan"):
         options.method = _method_xml(options.method)
-    if options.command == "delete":
+    if options.command in ("delete", "revert"):
         for said in options.snapshots:
             cli_snapshots.require_form(said)
     async with connect(background=options.command == "complete") as service:
@@ -275,6 +275,7 @@ _COMMANDS: Mapping[str, Callable[[Service, argparse.Namespace], Awaitable[str]]]
     "plan": _plan,
     "list": _list,
     "delete": delete,
+    "revert": revert,
     "disks": _disks,
     "methods": _methods,
     "complete": _complete,

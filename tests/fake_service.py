@@ -219,6 +219,7 @@ class FakeService:
         return {
             "Create": reply("ss", MODIFIED, SOURCE),
             "Delete": reply("s", MODIFIED),
+            "Revert": reply("s", MODIFIED),
             "Cancel": self._cancel,
             "Plan": reply("a{sv}", plan),
             "Disks": reply("aa{sv}", disks),
