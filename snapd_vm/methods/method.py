@@ -115,7 +115,7 @@ class Reverts(Protocol):
 
     def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
         """Everything for which a revert can be refused, without a change; `others` are the Targets
-        of the disk's other snapshots by this method.
+        of the disk's other snapshots, of all methods.
 
         The Target that it returns says all that the rest has to know.
         """
@@ -143,4 +143,4 @@ class Reverts(Protocol):
         """
 
     def among(self, target: Target, others: Sequence[Target]) -> Target:
-        """The Target with what a delete has to know of the disk's other snapshots."""
+        """The Target with what a delete has to know of the domain's other snapshots."""

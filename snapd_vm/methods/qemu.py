@@ -269,10 +269,12 @@ class Qemu:
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
         """The other's source was the overlay that has gone into the deleted one's source."""
+        if (other.method, other.disk) != (deleted.method, deleted.disk):
+            return None
         gone = Layer.of(deleted)
         if gone.aside is not None:  # what lay on it lies on what was below
             return None
-        if Layer.of(other).origin != gone.path or other.disk != deleted.disk:
+        if Layer.of(other).origin != gone.path:
             return None
         place: dict[str, Json] = {
             name: deleted.data[name] for name in ("origin", "origin_type", "origin_format")

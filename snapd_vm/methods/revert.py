@@ -85,6 +85,7 @@ class _Plan:
 def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
     """See Reverts.check_revert."""
     layer = Layer.of(target)
+    alike = [target, *(other for other in others if other.method == target.method)]
     domain = hypervisor.read(layer.domain)
     _check_off(hypervisor, domain)
     disk = domain.disk(target.disk)
@@ -92,8 +93,8 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Tar
         raise InvalidState(
             f"The domain has no disk {target.disk} any more; there is nothing to do."
         )
-    known = _made_by_us([target, *others])
-    discarded = _to_discard(disk, known, [target, *others])
+    known = _made_by_us(alike)
+    discarded = _to_discard(disk, known, alike)
     path = discarded.path
     user = hypervisor.user_of(path, layer.domain, target.disk)
     if user:
@@ -144,6 +145,11 @@ def _to_discard(disk: Disk, known: Iterable[Image], targets: Iterable[Target]) -
         raise InvalidState(
             f"The present image of disk {disk.target} is none that snapd-vm made, and a revert "
             "would discard it; make a snapshot of the disk first."
+        )
+    if qcow2.internal_snapshots(disk.path):
+        raise InvalidState(
+            f"The present image of disk {disk.target}, which a revert would discard, holds "
+            "internal snapshots; delete them with 'virsh snapshot-delete' first."
         )
     return Image(disk.path, image.file)
 

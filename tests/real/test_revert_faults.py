@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from snapd_vm import storage
 from snapd_vm.engine.journal import RevertStep
-from snapd_vm.errors import PREFIX
+from snapd_vm.errors import PREFIX, Busy
+from snapd_vm.model import ROOT_PATH
 from tests.lab import allow
 from tests.lab.blockdev import Mounted
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
+from tests.lab.program import attempt, run
 from tests.real.api import NAME, SNAPSHOT, VDA, Api, Created
 from tests.real.conftest import Connect
 from tests.real.places import (
@@ -418,3 +422,50 @@ async def test_one_beside_the_chain_that_is_read_holds_up_the_delete_of_what_it_
     assert await contents(api, tmp_path, stacked) == sums
     await delete(api, stacked[1])
     assert not os.path.exists(stacked[1].file)
+
+
+async def test_an_image_with_snapshots_in_itself(api: Api, places: Places) -> None:
+    guest = places.guest()
+    await places.known(api)
+    (created,) = await stack(api, guest, 1)
+    run("qemu-img", "snapshot", "-c", "inner", created.overlay)
+    assert "internal" in await kept(api, guest, created, "InvalidState")
+    run("qemu-img", "snapshot", "-d", "inner", created.overlay)
+    await revert(api, created)
+
+
+def test_what_is_kept_from_writers_is_not_opened_by_qemu(places: Places) -> None:
+    path = str(image(places.folder() / "held.qcow2"))
+    with storage.kept_from_writers(path):
+        assert attempt(["qemu-io", "-c", "write 0 512", path]).returncode != 0
+        assert attempt(["qemu-io", "-r", "-c", "read 0 512", path]).returncode == 0
+    assert attempt(["qemu-io", "-c", "write 0 512", path]).returncode == 0
+    argv = ["qemu-io", "-c", "read 0 512", "-c", "sleep 60000", path]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as writer:
+        wait_until("it has it open", lambda: storage.write_locked(path), 10)
+        with pytest.raises(Busy), storage.kept_from_writers(path):
+            pass
+        writer.kill()
+
+
+async def test_what_is_taken_up_again_belongs_to_who_started_it(
+    connect: Connect, faulty: Lab, places: Places
+) -> None:
+    guest = places.guest()
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", RevertStep.ARMED, "--do", "kill"))
+    api = await connect()
+    await places.known(api)
+    (created,) = await stack(api, guest, 1)
+    faulty.polkit.rules(allow("nobody", f"{NAME}.revert"))
+    argv = ("call", NAME, created.snapshot, SNAPSHOT, "Revert", "u", "0")
+    assert faulty.busctl(*argv, user="nobody").returncode != 0
+    faulty.polkit.rules("")
+    await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
+    again = (*FAULTY, "--at", RevertStep.ENDED, "--do", "sleep:1.5")
+    faulty.daemon.start({}, argv=again)
+    await places.known(api)
+    objects = (
+        await api.call(ROOT_PATH, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+    )[0]
+    (job,) = (found[JOB] for found in objects.values() if JOB in found)
+    assert (job["Operation"], job["StartedByUID"]) == ("revert", pwd.getpwnam("nobody").pw_uid)
