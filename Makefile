@@ -18,7 +18,8 @@ BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev 
 LAB_PACKAGES   := libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
                   qemu-utils qemu-guest-agent busybox-static cpio polkitd dbus systemd libglib2.0-bin \
                   e2fsprogs xfsprogs btrfs-progs
-BENCH_PACKAGES := libvirt-dbus snapper firewalld
+BENCH_PACKAGES := python3-dbus-next python3-libvirt python3-lxml python3-systemd \
+                  libvirt-dbus snapper firewalld
 PACKAGES       := $(BUILD_PACKAGES) $(LAB_PACKAGES)
 
 .PHONY: help venv packages check test demo lab bench install uninstall clean

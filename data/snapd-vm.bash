@@ -47,7 +47,7 @@ _snapd_vm() {
         case $command:$position in
             create:0 | plan:0 | list:0 | disks:0)
                 _snapd_vm_words "$cur" domains ;;
-            create:1 | plan:1)
+            create:[1-9]* | plan:1)
                 _snapd_vm_words "$cur" disks "$domain" ;;
             delete:* | revert:0)
                 _snapd_vm_words "$cur" snapshots ;;

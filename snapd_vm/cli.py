@@ -37,12 +37,17 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text + ".", allow_abbrev=False)
 
     for name, text in (
-        ("create", "make a snapshot of one disk"),
+        ("create", "make a snapshot of one disk, or of several with one freeze: all or none"),
         ("plan", "say what create would do, after the same checks, and change nothing"),
     ):
         sub = command(name, text)
         sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
-        sub.add_argument("disk", metavar="DISK", help="a target such as vda, or a <disk> element")
+        sub.add_argument(
+            "disk",
+            metavar="DISK",
+            nargs="+" if name == "create" else None,
+            help="a target such as vda, or a <disk> element",
+        )
         sub.add_argument("--name", default="", help="a label (default: made from the UTC time)")
         sub.add_argument(
             "--method",

@@ -20,6 +20,16 @@ class Ended(Exception):
         self.text = text
 
 
+def require_text(value: str) -> None:
+    """Refuses what no D-Bus string can hold. Raises UsageError."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("An argument is not UTF-8.") from error
+    if "\0" in value:
+        raise UsageError("An argument holds a NUL character.")
+
+
 def complain(message: str) -> None:
     """Writes the one line of an error to standard error."""
     sys.stderr.write(f"snapd-vm: error: {cli_text.printable(message)}\n")

@@ -5,7 +5,7 @@ No behaviour beyond what follows from the data itself, and no import of any othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
 from typing import TypeAlias
@@ -14,6 +14,9 @@ from snapd_vm.errors import SnapdError
 
 NAMESPACE = "https://example.org/xmlns/disk-snapshot/1"
 """The XML namespace of what we add to `<source>`."""
+
+Result: TypeAlias = Mapping[str, str | Sequence[str]]
+"""What a job has come to, by name."""
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
@@ -284,7 +287,7 @@ class Job:
     progress_valid: bool = False
     bytes: int = 0
     done: bool = False
-    result: Mapping[str, str] = field(default_factory=dict)
+    result: Result = field(default_factory=dict)
 
 
 ROOT_PATH = "/org/example/DiskSnapshot"

@@ -8,7 +8,7 @@ engine to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +44,18 @@ def create_request(disk_xml: str, method_xml: str, name: str, flags: int) -> Req
     checked, label = check_flags(flags), check_name(name)
     disk = read(disk_xml, lambda root: _disk(_root(root, "disk")))
     return Request(disk, method_request(method_xml) if method_xml else None, label, checked)
+
+
+def set_requests(
+    disks_and_methods: Sequence[Sequence[str]], name: str, flags: int
+) -> Sequence[Request]:
+    """The requests of a CreateSet: pairs of a `<disk>` and a method's XML or ''.
+
+    Raises InvalidArgs for none, and as create_request does.
+    """
+    if not disks_and_methods:
+        raise InvalidArgs("Name at least one disk.")
+    return [create_request(disk, method, name, flags) for disk, method in disks_and_methods]
 
 
 def root_request(disk_xml: str, method_xml: str, name: str, flags: int) -> Request:

@@ -217,6 +217,7 @@ class FakeService:
             "warnings": Variant("as", self.plan_warnings),
         }
         return {
+            "CreateSet": reply("a(oss)", [[SNAPSHOT, MODIFIED, SOURCE]] * 2),
             "Create": reply("ss", MODIFIED, SOURCE),
             "Delete": reply("s", MODIFIED),
             "Revert": reply("s", MODIFIED),

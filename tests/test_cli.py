@@ -136,6 +136,19 @@ def test_create_and_plan_say_what_the_options_mean(
     assert (call.path, call.body) == (DOMAIN, body)
 
 
+def test_several_disks_are_one_set(bus: str, service: FakeService) -> None:
+    words = ("create", "web", "vda", "<disk/>", "--method", "qemu", "--name", "n", "--no-quiesce")
+    shown = done(snapd_vm(bus, *words))
+    call = service.last("CreateSet")
+    method = '<diskSnapshot method="qemu"/>'
+    pairs = [['<disk><target dev="vda"/></disk>', method], ["<disk/>", method]]
+    assert (call.path, call.body) == (DOMAIN, [pairs, "n", 2])
+    assert shown.count("Snapshot       nightly of web's vda\n") == 2
+    assert shown.count("\n\n") == 1
+    answers = json.loads(done(snapd_vm(bus, *words, "--json")))
+    assert [answer["snapshot"] for answer in answers] == [SNAPSHOT, SNAPSHOT]
+
+
 def test_calls_allow_polkit_to_ask(bus: str, service: FakeService) -> None:
     done(snapd_vm(bus, "create", "web", "vda"))
     assert service.asked_with("Create") & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
@@ -344,7 +357,7 @@ def test_a_reader_that_has_enough_is_no_error(bus: str, service: FakeService) ->
 
 def test_the_client_starts_without_libvirt_and_the_daemon() -> None:
     code = (
-        "import sys; from snapd_vm.__main__ import main; import snapd_vm.cli_commands\n"
+        "import sys; import snapd_vm.__main__, snapd_vm.cli, snapd_vm.cli_commands\n"
         "print(sorted(m for m in sys.modules if m.startswith(('libvirt', 'lxml', 'snapd_vm.'))))"
     )
     shown = subprocess.run(
@@ -396,7 +409,8 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert offered("revert", "--") == ["--help", "--json", "--no-wait"]
     assert offered("revert", "w") == ["web/vda/nightly"]
     assert offered("revert", "web/vda/nightly", "") == [""]
-    assert offered("create", "web", "vda", "") == [""]
+    assert offered("create", "web", "vda", "s") == ["sda"]
+    assert offered("plan", "web", "vda", "") == [""]
 
 
 def test_completion_asks_nobody_and_starts_nothing(

@@ -26,8 +26,18 @@ from snapd_vm.bus.tree import Root, Tree
 from snapd_vm.bus.wire import Typed
 from snapd_vm.engine.service import Service
 from snapd_vm.errors import InvalidArgs, NoSuchDomain
-from snapd_vm.model import DiskReport, Domain, Found, Job, Plan, Request, Snapshot, domain_path
-from snapd_vm.request import create_request, root_request
+from snapd_vm.model import (
+    DiskReport,
+    Domain,
+    Found,
+    Job,
+    Plan,
+    Request,
+    Snapshot,
+    domain_path,
+    snapshot_path,
+)
+from snapd_vm.request import create_request, root_request, set_requests
 
 
 @guarded(Root, DISK_SNAPSHOT, "Create", Action.CREATE)
@@ -35,7 +45,14 @@ def create_on_root(
     tree: Tree, root: Root, disk_xml: str, method_xml: str, name: str, flags: int
 ) -> PreparedJob:
     """Create of a disk whose domain the XML names, or whose source belongs to one domain."""
-    return _create(tree.service, root_request(disk_xml, method_xml, name, flags))
+    request = root_request(disk_xml, method_xml, name, flags)
+    found = tree.service.find(request)
+
+    async def start(uid: int) -> Sequence[object]:
+        [snapshot] = await tree.service.create([_there(found)], [request], uid)
+        return (snapshot.modified_disk, snapshot.backup_source)
+
+    return PreparedJob(_request_details(request, found, None), start, _also([request]))
 
 
 @guarded(Domain, DISK_SNAPSHOT, "Create", Action.CREATE)
@@ -43,8 +60,36 @@ def create_on_domain(
     tree: Tree, domain: Domain, disk_xml: str, method_xml: str, name: str, flags: int
 ) -> PreparedJob:
     """Create of a disk of this domain."""
-    request = replace(create_request(disk_xml, method_xml, name, flags), uuid=domain.uuid)
-    return _create(tree.service, request, domain)
+    request = create_request(disk_xml, method_xml, name, flags)
+    found, requests, details = _on_domain(tree.service, domain, [request])
+
+    async def start(uid: int) -> Sequence[object]:
+        [snapshot] = await tree.service.create([_there(one) for one in found], requests, uid)
+        return (snapshot.modified_disk, snapshot.backup_source)
+
+    return PreparedJob(details, start, _also(requests))
+
+
+@guarded(Domain, DOMAIN, "CreateSet", Action.CREATE)
+def create_set(
+    tree: Tree,
+    domain: Domain,
+    disks_and_methods: Sequence[Sequence[str]],
+    name: str,
+    flags: int,
+) -> PreparedJob:
+    """Create of several disks of this domain: one name, one freeze, all or nothing."""
+    found, requests, details = _on_domain(
+        tree.service, domain, set_requests(disks_and_methods, name, flags)
+    )
+
+    async def start(uid: int) -> Sequence[object]:
+        snapshots = await tree.service.create([_there(one) for one in found], requests, uid)
+        return (
+            [(snapshot_path(one.uuid), one.modified_disk, one.backup_source) for one in snapshots],
+        )
+
+    return PreparedJob(details, start, _also(requests))
 
 
 @guarded(Domain, DOMAIN, "Plan", Action.CREATE)
@@ -52,13 +97,13 @@ def plan(
     tree: Tree, domain: Domain, disk_xml: str, method_xml: str, name: str, flags: int
 ) -> Prepared:
     """What Create would do with the same arguments."""
-    request = replace(create_request(disk_xml, method_xml, name, flags), uuid=domain.uuid)
-    found = tree.service.find(request)
+    request = create_request(disk_xml, method_xml, name, flags)
+    [found], [request], details = _on_domain(tree.service, domain, [request])
 
     async def run() -> Sequence[object]:
         return _planned(await tree.service.plan(_there(found), request))
 
-    return Prepared(_request_details(request, found, domain), run, _also(request))
+    return Prepared(details, run, _also([request]))
 
 
 @guarded(Domain, DOMAIN, "Disks", Action.READ)
@@ -155,6 +200,7 @@ def find_domain(tree: Tree, root: Root, name_or_uuid: str) -> Sequence[object]:
 METHODS: tuple[Declared, ...] = (
     create_on_root,
     create_on_domain,
+    create_set,
     plan,
     disks,
     get_backup_source,
@@ -166,14 +212,14 @@ METHODS: tuple[Declared, ...] = (
 )
 
 
-def _create(service: Service, request: Request, domain: Domain | None = None) -> PreparedJob:
-    found = service.find(request)
-
-    async def start(uid: int) -> Sequence[object]:
-        snapshot = await service.create(_there(found), request, uid)
-        return (snapshot.modified_disk, snapshot.backup_source)
-
-    return PreparedJob(_request_details(request, found, domain), start, _also(request))
+def _on_domain(
+    service: Service, domain: Domain, requests: Sequence[Request]
+) -> tuple[Sequence[Found], Sequence[Request], Details]:
+    """What requests on a domain's object refer to, and one question to polkit for all of them."""
+    own = [replace(request, uuid=domain.uuid) for request in requests]
+    found = [service.find(request) for request in own]
+    each = [_request_details(*one, domain) for one in zip(own, found, strict=True)]
+    return found, own, _together(each)
 
 
 def _there(found: Found) -> Found:
@@ -183,10 +229,11 @@ def _there(found: Found) -> Found:
     return found
 
 
-def _also(request: Request) -> tuple[Action, ...]:
-    """The actions that a request needs besides the method's own."""
-    wanted = request.wanted_method
-    return (Action.CONFIGURE,) if wanted is not None and wanted.names_place else ()
+def _also(requests: Sequence[Request]) -> tuple[Action, ...]:
+    """The actions that requests need besides the method's own."""
+    wanted = [request.wanted_method for request in requests]
+    names_place = any(method is not None and method.names_place for method in wanted)
+    return (Action.CONFIGURE,) if names_place else ()
 
 
 def _request_details(request: Request, found: Found, domain: Domain | None) -> Details:
@@ -205,6 +252,23 @@ def _request_details(request: Request, found: Found, domain: Domain | None) -> D
         uuid=found.domain.uuid if found.domain else named.uuid,
         disk=found.disk.target if found.disk else named.disk,
         named=named,
+    )
+
+
+def _together(each: Sequence[Details]) -> Details:
+    """One question for several disks, listed with commas: a rule for one of them does not match."""
+    if len(each) == 1:
+        return each[0]
+    named = [details.named or details for details in each]
+    return replace(
+        each[0],
+        disk=",".join(details.disk for details in each),
+        method=",".join(details.method for details in each),
+        named=replace(
+            named[0],
+            disk=",".join(details.disk for details in named),
+            method=",".join(details.method for details in named),
+        ),
     )
 
 

@@ -64,7 +64,7 @@ def has_agent(domain: Domain) -> bool:
     return domain.active and domain.agent is not None and domain.agent.connected
 
 
-OPEN_RESULTS = {"snapshot": "o", "consistency": "s", "error": "s"}
+OPEN_RESULTS = {"snapshots": "ao", "error": "s"}
 """What of a job's result may be told to all, with its types: nothing that could hold a path."""
 
 

@@ -1,66 +1,40 @@
-"""Create, and Plan as its first half: choose, check, prepare, freeze, switch, thaw, read back.
+"""Create: what was chosen is prepared, and taken while the guest stands still; then read back.
 
-Blocking functions for one worker thread; the engine holds the domain's lock around them. What the
-agent is asked before the freeze is asked in a second thread, beside the checks, as under load it
-takes as long as all of them. Nothing here looks at the caller: that is done before.
+Blocking functions for one worker thread; the engine holds the domain's lock around them. Nothing
+here looks at the caller: that is done before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import time
-import uuid as uuids
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from concurrent.futures import wait
+from contextlib import closing
+from dataclasses import dataclass
 
-from snapd_vm.engine import freeze, select
+from snapd_vm.engine import freeze, stop
+from snapd_vm.engine.choice import Choices, check, choose, drafts
 from snapd_vm.engine.journal import Held, Operation, Step
+from snapd_vm.engine.survey import Quiesce, Survey
 from snapd_vm.engine.world import World
-from snapd_vm.errors import (
-    AgentUnavailable,
-    Busy,
-    HypervisorUnavailable,
-    NameInUse,
-    QuiesceFailed,
-)
-from snapd_vm.methods.method import Method, Watch
+from snapd_vm.errors import HypervisorUnavailable, QuiesceFailed
+from snapd_vm.methods.method import Watch
 from snapd_vm.model import (
     Consistency,
     Disk,
     Domain,
     Flags,
-    Needs,
-    Plan,
+    Found,
     Request,
     Snapshot,
-    SnapshotState,
-    Tag,
     Target,
     snapshot_path,
 )
 from snapd_vm.virt import domainxml
-from snapd_vm.virt.agent import Agent, AgentError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a Create will do; nothing has been changed for it.
-
-    The last two, and the size of `target`, are what `check` has found out.
-    """
-
-    domain: Domain
-    disk: Disk
-    method: Method
-    target: Target
-    tag: Tag
-    needs: Needs = field(default_factory=Needs)
-    floor: Consistency = Consistency.CRASH
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,240 +65,93 @@ class Failed(Exception):
         self.held = held
 
 
-def choose(world: World, uuid: str, request: Request, names: Collection[str]) -> Choice:
-    """Read the domain again from libvirt, and find the disk and the method in that.
-
-    `names` are those in use on any disk of the domain, as "target/label".
-    """
-    domain = world.hypervisor.read(uuid)
-    found = select.find_in(domain, request.disk)
-    if found.error is not None or found.disk is None:
-        raise found.error or HypervisorUnavailable("The disk is gone.")
-    disk = found.disk
-    tag = _tag(domain, disk, request.name, names)
-    method, target, _ = select.choose_method(world.methods, domain, disk, request, tag)
-    return Choice(domain, disk, method, target, tag)
-
-
-def check(world: World, choice: Choice) -> Choice:
-    """Check all that can be checked without a change; the choice with what was found out."""
-    domain, disk, method = choice.domain, choice.disk, choice.method
-    job = world.hypervisor.running_job(domain.uuid, disk.target)
-    if job or disk.mirror:
-        raise Busy(f"{job[:1].upper()}{job[1:]}; wait for its end." if job else "A block job runs.")
-    floor = _floor(world, domain)
-    target = dataclasses.replace(choice.target, size=method.size(choice.target))
-    needs = method.check([target], choice.tag)
-    return dataclasses.replace(choice, target=target, needs=needs, floor=floor)
-
-
-def _tag(domain: Domain, disk: Disk, name: str, names: Collection[str]) -> Tag:
-    now = time.time()
-    label = name
-    if not label:
-        label = stem = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S%fZ")
-        number = 1
-        while f"{disk.target}/{label}" in names:
-            number += 1
-            label = f"{stem}-{number}"
-    elif f"{disk.target}/{label}" in names:
-        raise NameInUse(
-            f"Disk {disk.target} has a snapshot '{label}' already; choose another name."
-        )
-    return Tag(str(uuids.uuid4()), label, domain.uuid, domain.name, int(now * 1e6))
-
-
-def _floor(world: World, domain: Domain) -> Consistency:
-    """The consistency that a snapshot has if nothing is frozen."""
-    if domain.active:
-        return Consistency.PAUSED if domain.state == "paused" else Consistency.CRASH
-    off = world.hypervisor.off_state(domain.uuid)
-    if off.migrated:
-        raise Busy("The domain was migrated and may be running on another host.")
-    if off.known_clean:
-        return Consistency.OFFLINE
-    if off.unknown and not world.journal.stopped_uncleanly(domain.uuid):
-        return Consistency.OFFLINE
-    return Consistency.CRASH
-
-
-def plan(world: World, uuid: str, request: Request, names: Collection[str]) -> Plan:
-    """What Create would answer; pings the agent, freezes nothing. Raises what Create would."""
-    choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
-    agent.close()
-    best = Consistency.QUIESCED if quiesce is not None else choice.floor
-    draft = _draft(choice, best)
-    warnings = list(choice.needs.warnings)
-    if choice.domain.nvram:
-        warnings.append("The domain's UEFI variables are not part of the snapshot.")
-    if choice.domain.tpm:
-        warnings.append("The domain's TPM state is not part of the snapshot.")
-    return Plan(
-        choice.method.name,
-        draft.backup_source,
-        best,
-        choice.needs.space_needed,
-        choice.needs.space_available,
-        tuple(warnings),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Quiesce:
-    """Mount points to freeze; None: all. `former` is the agent's response timeout to put back."""
-
-    mountpoints: Sequence[str] | None
-    former: int | None
-
-
-def _checked(world: World, choice: Choice, flags: Flags) -> tuple[Choice, _Quiesce | None, Agent]:
-    """All that is known before the first change: the choice checked, and the agent asked.
-
-    The agent is handed back ready for a freeze, to be closed. Raises what either of them finds.
-    """
-    domain = choice.domain
-    agent = world.hypervisor.agent(domain)
-    asked: Future[_Quiesce] | None = None
-    try:
-        try:
-            if Flags.NO_QUIESCE not in flags and _can_answer(domain):
-                asked = world.beside.submit(_ask, world, agent, choice.disk.target)
-            choice = check(world, choice)
-        finally:
-            if asked is not None:  # the agent is not for two threads at a time
-                wait([asked])
-        return choice, _quiesce(choice, flags, asked), agent
-    except BaseException:
-        agent.close()
-        raise
-
-
-def _ask(world: World, agent: Agent, target: str) -> _Quiesce:
-    """What the agent says is to be frozen for this disk; it is ready to do so then."""
-    mountpoints = freeze.survey(agent, [target], world.config.agent_timeout_s)
-    try:
-        return _Quiesce(mountpoints, agent.arm(world.config.freeze_timeout_s))
-    except AgentError as error:
-        raise AgentUnavailable(f"The guest agent can't be made ready: {error}.") from error
-
-
-def _can_answer(domain: Domain) -> bool:
-    return domain.active and domain.state != "paused" and domain.agent is not None
-
-
-def _quiesce(choice: Choice, flags: Flags, asked: Future[_Quiesce] | None) -> _Quiesce | None:
-    """What to freeze, or None where the guest is not quiesced; raises where that is required."""
-    required = Flags.QUIESCE_REQUIRED in flags
-    if Flags.NO_QUIESCE in flags:
-        return None
-    try:
-        if not choice.domain.active:
-            if required and choice.floor is not Consistency.OFFLINE:
-                raise QuiesceFailed(
-                    "The domain is off and was not shut down cleanly; its disk is not consistent."
-                )
-            return None
-        if choice.domain.state == "paused":
-            raise AgentUnavailable("The domain is paused, so its agent can't answer; resume it.")
-        if asked is None:
-            raise AgentUnavailable("The domain has no guest agent channel.")
-        return asked.result()
-    except (AgentUnavailable, QuiesceFailed) as error:
-        if required:
-            raise
-        log.info("not quiescing domain %s: %s", choice.domain.name, error)
-        return None
-
-
-def _draft(choice: Choice, consistency: Consistency) -> Snapshot:
-    source, image_format = choice.method.source(choice.target, choice.disk)
-    return Snapshot(
-        uuid=choice.tag.uuid,
-        name=choice.tag.label,
-        domain_uuid=choice.domain.uuid,
-        domain_name=choice.domain.name,
-        target=choice.target,
-        created_us=choice.tag.created_us,
-        state=SnapshotState.READY,
-        consistency=consistency,
-        frozen_filesystems=0,
-        frozen_us=0,
-        format=image_format,
-        size=choice.target.size,
-        backup_source=domainxml.backup_source(
-            source,
-            format=image_format,
-            consistency=consistency,
-            snapshot_path=snapshot_path(choice.tag.uuid),
-        ),
-        modified_disk="",
-    )
-
-
 def take(
     world: World,
     uuid: str,
-    request: Request,
+    requests: Sequence[Request],
     names: Collection[str],
+    remembered: Sequence[Found],
     resumed: Callable[[], bool],
     watch: Watch,
 ) -> Taken:
     """Do it, up to the reading back; the journal's last entry is the caller's to write.
 
-    `resumed` tells whether the domain's vCPUs were started meanwhile; `names` as for `choose`.
-    Raises Failed for what has to be undone, and other SnapdErrors where nothing was changed.
+    `resumed` tells whether the domain's vCPUs were started meanwhile; `requests` and `names` as for
+    `choose`. What is `remembered` of domain and disks is used to ask the agent early, and for
+    nothing else. Raises Failed for what has to be undone, and other SnapdErrors where nothing was
+    changed.
     """
-    choice, quiesce, agent = _checked(world, choose(world, uuid, request, names), request.flags)
-    try:
-        return _take(world, choice, request.flags, agent, quiesce, resumed, watch)
-    finally:
-        agent.close()
+    flags = requests[0].flags
+    with closing(Survey(world, flags)) as survey:
+        known = [found.disk.target for found in remembered if found.disk is not None]
+        if remembered[0].domain is not None and len(known) == len(requests):
+            survey.ask(remembered[0].domain, known)
+        choices = choose(world, uuid, requests, names)
+        survey.ask(choices.domain, choices.targets)
+        choices = check(world, choices)
+        survey.refuse(choices.floor)
+        return _take(world, choices, flags, survey, resumed, watch)
 
 
 def _take(
     world: World,
-    choice: Choice,
+    choices: Choices,
     flags: Flags,
-    agent: Agent,
-    quiesce: _Quiesce | None,
+    survey: Survey,
     resumed: Callable[[], bool],
     watch: Watch,
 ) -> Taken:
-    method, tag = choice.method, choice.tag
+    tag, domain = choices.tag, choices.domain
     world.reach(Step.CHECKED)
-    operation = Operation(tag, flags, (_draft(choice, choice.floor),))
+    operation = Operation(tag, flags, drafts(choices, choices.floor))
     world.journal.begin(operation)
-    held, holding = False, None
-    if quiesce is not None:
-        holding = Held(choice.domain.uuid, choice.domain.name, quiesce.former)
+    # Several methods take several moments: nothing may run in between, not even what is not frozen.
+    stops = len(choices.methods) > 1 and domain.active and domain.state != "paused"
+    held = False
+    holding: Held | None = None
+    quiesce: Quiesce | None = None
     try:
         world.reach(Step.BEGUN)
 
         def record(targets: Sequence[Target]) -> None:
-            nonlocal operation
+            # The agent's answer is waited for here: what is made by now has no name yet.
+            nonlocal operation, quiesce, holding
+            quiesce = survey.result(choices.floor)
+            if quiesce is not None or stops:
+                former = quiesce.former if quiesce is not None else None
+                holding = Held(domain.uuid, domain.name, former, quiesce is not None, stops)
             operation = operation.with_targets(targets)
             world.journal.prepared(operation, holding)
             world.reach(Step.PREPARED)
 
-        targets = method.prepare(operation.targets, tag, record)
+        prepared = [
+            (method, method.prepare(_of(method.name, operation), tag, record))
+            for method in choices.methods
+        ]
         world.reach(Step.ARMED)
         watch.past_return()
 
         def switch() -> None:
-            method.create(targets, tag)
+            for method, targets in prepared:
+                method.create(targets, tag)
 
+        if stops:
+            switch = functools.partial(
+                stop.around, switch, world.hypervisor, domain.uuid, world.config.frozen_limit_s
+            )
+        held = holding is not None
         frozen = freeze.Frozen()
         required = Flags.QUIESCE_REQUIRED in flags
         if quiesce is None:
             switch()
+            held = False
             world.reach(Step.SWITCHED)
         else:
-            held = True
             try:
                 frozen = freeze.around(
                     switch,
-                    agent,
-                    world.hypervisor.agent(choice.domain),
+                    survey.agent,
+                    world.hypervisor.agent(domain),
                     quiesce.mountpoints,
                     required=required,
                     freeze_timeout=world.config.freeze_timeout_s,
@@ -338,39 +165,54 @@ def _take(
         if frozen.error is not None and required:
             raise frozen.error
         # The agent is done with: what was set for it is put back while libvirt is read.
-        closing = world.beside.submit(agent.close)
+        put_back = world.beside.submit(survey.agent.close)
         try:
-            domain, snapshot = _read_back(world, choice, operation, frozen, resumed)
+            now = world.hypervisor.read(domain.uuid)
+            consistency = _achieved(choices, now, frozen, stopped=stops, resumed=resumed())
+            snapshots = _read_back(choices, operation, now, consistency, frozen)
         finally:
-            wait([closing])
-        if required and snapshot.consistency not in (Consistency.QUIESCED, Consistency.OFFLINE):
+            wait([put_back])
+        if required and consistency not in (Consistency.QUIESCED, Consistency.OFFLINE):
             raise QuiesceFailed("The domain was started or stopped meanwhile; try again.")
         world.reach(Step.READ_BACK)
     except BaseException as error:
         raise Failed(error, operation, holding if held else None) from error
-    return Taken(operation, [snapshot], holding, held, domain)
+    return Taken(operation, snapshots, holding, held, now)
+
+
+def _of(method: str, operation: Operation) -> Sequence[Target]:
+    return [target for target in operation.targets if target.method == method]
+
+
+def _achieved(
+    choices: Choices, now: Domain, frozen: freeze.Frozen, *, stopped: bool, resumed: bool
+) -> Consistency:
+    """The consistency that came of it, as far as it is known for certain."""
+    if frozen.quiesced:
+        return Consistency.QUIESCED
+    then = choices.domain
+    if (now.id, now.state) != (then.id, then.state):
+        return Consistency.CRASH  # started or stopped meanwhile
+    if stopped:
+        return Consistency.PAUSED
+    return Consistency.CRASH if resumed else choices.floor
 
 
 def _read_back(
-    world: World,
-    choice: Choice,
+    choices: Choices,
     operation: Operation,
+    now: Domain,
+    consistency: Consistency,
     frozen: freeze.Frozen,
-    resumed: Callable[[], bool],
-) -> tuple[Domain, Snapshot]:
-    """The domain and the snapshot as they are, from what libvirt and the storage say now."""
-    draft = operation.drafts[0]
-    domain = world.hypervisor.read(choice.domain.uuid)
-    if not choice.method.taken(draft.target, operation.tag, domain):
-        raise HypervisorUnavailable("libvirt took the snapshot and does not show it.")
-    disk = domain.disk(choice.disk.target)
-    consistency = choice.floor
-    if frozen.quiesced:
-        consistency = Consistency.QUIESCED
-    same = (domain.id, domain.state) == (choice.domain.id, choice.domain.state)
-    if consistency is not Consistency.QUIESCED and (resumed() or not same):
-        consistency = Consistency.CRASH  # started, resumed or stopped meanwhile
-    return domain, finish(draft, consistency, disk, choice.disk.path, frozen)
+) -> Sequence[Snapshot]:
+    """The snapshots as they are, from what libvirt (`now`) and the storage say."""
+    snapshots = []
+    for choice, draft in zip(choices.disks, operation.drafts, strict=True):
+        if not choice.method.taken(draft.target, operation.tag, now):
+            raise HypervisorUnavailable("libvirt took the snapshot and does not show it.")
+        disk = now.disk(choice.disk.target)
+        snapshots.append(finish(draft, consistency, disk, choice.disk.path, frozen))
+    return snapshots
 
 
 def finish(

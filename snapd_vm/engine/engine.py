@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from snapd_vm.engine import create, delete, revert, select
+from snapd_vm.engine import choice, create, delete, revert, select
 from snapd_vm.engine.create import Failed
 from snapd_vm.engine.jobs import Jobs, Running
 from snapd_vm.engine.journal import Operation, Step
@@ -42,6 +42,7 @@ from snapd_vm.model import (
     Job,
     Plan,
     Request,
+    Result,
     Snapshot,
     SnapshotState,
     Tag,
@@ -162,19 +163,22 @@ class Engine:
 
     # -- Create and its kin ----------------------------------------------------------------------
 
-    async def create(self, found: Found, request: Request, uid: int) -> Snapshot:
-        uuid = _domain_of(found)
+    async def create(
+        self, found: Sequence[Found], requests: Sequence[Request], uid: int
+    ) -> Sequence[Snapshot]:
+        uuid = _domain_of(found[0])
+        pinned = [_pinned(one, request) for one, request in zip(found, requests, strict=True)]
         running = self._jobs.begin(
             "create",
             domain_uuid=uuid,
-            disk=found.disk.target if found.disk else "",
-            name=request.name,
+            disk=",".join(one.disk.target for one in found if one.disk is not None),
+            name=requests[0].name,
             objects=(domain_path(uuid),),
             uid=uid,
             cancelable=True,
         )
         return await self._shielded(
-            self._as_job(running, self._create(uuid, _pinned(found, request), running), _created)
+            self._as_job(running, self._create(uuid, pinned, running), _created)
         )
 
     async def delete(self, snapshot_uuid: str, uid: int) -> str:
@@ -240,12 +244,14 @@ class Engine:
             return snapshot.modified_disk
         return disk.xml
 
-    async def _create(self, uuid: str, request: Request, watch: Running) -> Snapshot:
+    async def _create(
+        self, uuid: str, requests: Sequence[Request], watch: Running
+    ) -> Sequence[Snapshot]:
         world = self._world
         async with self._locks.hold(uuid, world.config.lock_timeout_s):
             self._require_connection()
             self._resumed.discard(uuid)
-            before = self.domains.get(uuid)
+            remembered = [self.find(request) for request in requests]
             names = self._shelf.names(uuid)
             try:
                 async with self._slot():
@@ -253,8 +259,9 @@ class Engine:
                         create.take,
                         world,
                         uuid,
-                        request,
+                        requests,
                         names,
+                        remembered,
                         lambda: uuid in self._resumed,
                         watch,
                     )
@@ -284,9 +291,11 @@ class Engine:
                 )
                 self._shelf.add(snapshot)
             # Memory is true before the caller is answered.
-            if self._inventory is None or not self._inventory.replace(before, taken.domain):
+            if self._inventory is None or not self._inventory.replace(
+                remembered[0].domain, taken.domain
+            ):
                 await self._refreshed(uuid)
-            return taken.snapshots[0]
+            return taken.snapshots
 
     async def _plan(self, uuid: str, request: Request) -> Plan:
         """Under the domain's lock, as Create is: both ask the agent, with a response timeout that
@@ -295,7 +304,7 @@ class Engine:
         async with self._locks.hold(uuid, world.config.lock_timeout_s), self._plan_slots:
             self._require_connection()
             names = self._shelf.names(uuid)
-            return await world.run(create.plan, world, uuid, request, names)
+            return await world.run(choice.plan, world, uuid, request, names)
 
     async def _changed(
         self, begin: Begin, snapshot_uuid: str, uid: int, busy: str, watch: Running
@@ -321,7 +330,7 @@ class Engine:
         self,
         running: Running,
         work: Coroutine[Any, Any, T],
-        result: Callable[[T], Mapping[str, str]],
+        result: Callable[[T], Result],
     ) -> T:
         """Run it, and let its job end with it."""
         try:
@@ -459,9 +468,9 @@ def _domain_of(found: Found) -> str:
     return found.domain.uuid
 
 
-def _created(snapshot: Snapshot) -> Mapping[str, str]:
+def _created(snapshots: Sequence[Snapshot]) -> Result:
     """The result of a Create's job: its XML names paths, and properties are open to all."""
-    return {"snapshot": snapshot_path(snapshot.uuid)}
+    return {"snapshots": [snapshot_path(snapshot.uuid) for snapshot in snapshots]}
 
 
 def _pinned(found: Found, request: Request) -> Request:

@@ -7,12 +7,12 @@ the event loop in between, as the guest stands still meanwhile.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from snapd_vm.engine.journal import Step
+from snapd_vm.engine.rescue import Rescue
 from snapd_vm.errors import (
     AgentUnavailable,
     Busy,
@@ -20,13 +20,11 @@ from snapd_vm.errors import (
     QuiesceTimedOut,
     SnapdError,
 )
-from snapd_vm.journald import MessageId, fields
 from snapd_vm.virt.agent import Agent, AgentGone, AgentRefused, AgentTimeout
 
 log = logging.getLogger(__name__)
 
 _RESCUE_TIMEOUT_S = 5.0
-_RESCUE_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def around(
     the thaw, which says if the guest is held; Busy, without a thaw, where somebody else froze it. A
     thread that is there before the freeze thaws by way of `rescuer` at `frozen_limit`.
     """
-    rescue = _Rescue(frozen_limit, rescuer)
+    rescue = Rescue(frozen_limit, lambda: _thaw(rescuer, _RESCUE_TIMEOUT_S)[1])
     try:
         started = time.monotonic()
         try:
@@ -127,7 +125,7 @@ def around(
 def _frozen(
     switch: Callable[[], None],
     agent: Agent,
-    rescue: _Rescue,
+    rescue: Rescue,
     timeout: float,
     started: float,
     count: int,
@@ -200,41 +198,3 @@ def _thaw(agent: Agent, timeout: float) -> tuple[int, bool]:
     except Exception as error:  # whatever it is, the guest is to be thawed by somebody else
         log.error("the guest was not thawed, and it is tried again: %s", error)
         return 0, False
-
-
-class _Rescue:
-    """Thaws after a time, from a thread that nothing of ours can block, until it is told to end.
-
-    The thread is there before the freeze, as it could fail to start after it.
-    """
-
-    def __init__(self, seconds: float, rescuer: Agent) -> None:
-        self.fired = False
-        self._seconds = seconds
-        self._rescuer = rescuer
-        self._begun = threading.Event()
-        self._ended = threading.Event()
-        threading.Thread(target=self._watch, name="rescue", daemon=True).start()
-
-    def begin(self) -> None:
-        """The guest is frozen, or may be."""
-        self._begun.set()
-
-    def end(self) -> None:
-        """Somebody else sees to the thaw from here."""
-        self._ended.set()
-        self._begun.set()
-
-    def _watch(self) -> None:
-        self._begun.wait()
-        if self._ended.wait(self._seconds):
-            return
-        self.fired = True
-        log.critical(
-            "a guest has been frozen for %g s; thawing it",
-            self._seconds,
-            extra=fields(MessageId.FROZEN_TOO_LONG),
-        )
-        while not _thaw(self._rescuer, _RESCUE_TIMEOUT_S)[1]:
-            if self._ended.wait(_RESCUE_PAUSE_S):
-                return

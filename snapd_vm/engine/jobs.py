@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from snapd_vm.engine.service import Listener
 from snapd_vm.errors import Cancelled, Internal, InvalidState, SnapdError
-from snapd_vm.model import Job
+from snapd_vm.model import Job, Result
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Running:
                 raise InvalidState("The job can't be cancelled any more; wait for its end.")
             self._cancelled = True
 
-    def end(self, error: BaseException | None, result: Mapping[str, str]) -> None:
+    def end(self, error: BaseException | None, result: Result) -> None:
         """It is over. The message of an error goes to its caller alone, as it may name a path: all
         others are told its name, and what errors.py says of all that have this name."""
         self._timer.cancel()

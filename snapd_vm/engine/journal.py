@@ -106,21 +106,27 @@ class Operation:
         return tuple(draft.target for draft in self.drafts)
 
     def with_targets(self, targets: Sequence[Target]) -> Operation:
-        """The same with what the methods know meanwhile."""
+        """The same with what a method knows meanwhile of these disks."""
+        known = {target.disk: target for target in targets}
         drafts = [
-            dataclasses.replace(draft, target=target)
-            for draft, target in zip(self.drafts, targets, strict=True)
+            dataclasses.replace(draft, target=known.get(draft.target.disk, draft.target))
+            for draft in self.drafts
         ]
         return dataclasses.replace(self, drafts=tuple(drafts))
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A domain that we may have frozen. `agent_timeout` is the response timeout to put back."""
+    """A domain that we may have made stand still: its file systems `frozen`, its vCPUs `stopped`.
+
+    `agent_timeout` is the response timeout to put back.
+    """
 
     domain_uuid: str
     domain_name: str
     agent_timeout: int | None
+    frozen: bool = True
+    stopped: bool = False
 
 
 def claim(folder: Path) -> int:
@@ -172,7 +178,7 @@ class Journal:
         self._write([_put_operation(operation)])
 
     def prepared(self, operation: Operation, held: Held | None) -> None:
-        """Write down what was made, and that the domain may be frozen from now on."""
+        """Write down what was made, and that the domain may stand still from now on."""
         rows = [_put_operation(operation)]
         if held is not None:
             rows.append(_put_held(held))

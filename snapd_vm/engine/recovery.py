@@ -55,20 +55,23 @@ def _standing(world: World, draft: Snapshot) -> Snapshot:
 
 
 def thaw(hypervisor: Hypervisor, held: Held, timeout: float) -> bool:
-    """Try once to thaw a guest that we may have frozen; whether it is thawed for certain now.
+    """Try once to let a guest go on that we may hold; whether it does for certain now.
 
     An answer to the thaw also proves that a freeze which timed out before has been processed, as
-    the agent takes its commands in order. A domain that is off or gone is not frozen. `timeout` is
-    in seconds.
+    the agent takes its commands in order, which it can once the vCPUs run. A domain that is off or
+    gone is not frozen. `timeout` is in seconds.
     """
     try:
         domain = hypervisor.read(held.domain_uuid)
+        if held.stopped and domain.state == "paused":
+            hypervisor.resume(held.domain_uuid)
+            log.info("domain %s runs again", held.domain_name)
     except NoSuchDomain:
         return True
     except SnapdError as error:
-        log.debug("domain %s can't be reached to thaw it: %s", held.domain_name, error)
+        log.debug("domain %s can't be reached to release it: %s", held.domain_name, error)
         return False
-    if not domain.active or domain.agent is None:
+    if not held.frozen or not domain.active or domain.agent is None:
         return True
     agent = hypervisor.agent(domain, held.agent_timeout)
     try:

@@ -60,7 +60,14 @@ class Service(Protocol):
 
     def subscribe(self, listener: Listener) -> None: ...
     def find(self, request: Request) -> Found: ...
-    async def create(self, found: Found, request: Request, uid: int) -> Snapshot: ...
+    async def create(
+        self, found: Sequence[Found], requests: Sequence[Request], uid: int
+    ) -> Sequence[Snapshot]:
+        """Snapshots of several disks of one domain with one freeze, in their order: all or none.
+
+        The requests have one name and the same flags.
+        """
+
     async def delete(self, snapshot_uuid: str, uid: int) -> str:
         """Delete a snapshot for the caller with this uid; the `<disk>` now in use, or ''."""
 

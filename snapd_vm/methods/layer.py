@@ -40,11 +40,13 @@ class Layer:
     """A Target's data. `path` is the overlay, `inode` its identity once it was made.
 
     `instance` is libvirt's number of the domain's run at that time, -1 if it was off; `persistent`
-    says that the definition named the same origin. `aside` is the origin's identity where a revert
-    has left the snapshot beside the disk's chain: it has no overlay then. `beside` are the origins
-    of other such snapshots of the disk, as far as they were asked for (see Reverts.among).
+    says that the definition named the same origin. `disk` is its `<target dev>`. `aside` is the
+    origin's identity where a revert has left the snapshot beside the disk's chain: it has no
+    overlay then. `beside` are the origins of other such snapshots of the disk, as far as they were
+    asked for (see Reverts.among).
     """
 
+    disk: str
     domain: str
     instance: int
     origin: str
@@ -62,6 +64,7 @@ class Layer:
         device, inode, instance = data.get("device"), data.get("inode"), data["instance"]
         known = isinstance(device, int) and isinstance(inode, int)
         return cls(
+            disk=target.disk,
             domain=str(data["domain"]),
             instance=instance if isinstance(instance, int) else -1,
             origin=str(data["origin"]),
@@ -75,8 +78,11 @@ class Layer:
         )
 
     def draft(self, tag: Tag) -> str:
-        """The name in the overlay's folder that it has until it is complete; ours by its UUID."""
-        return f".{tag.storage_name}.new"
+        """The name in the overlay's folder that it has until it is complete; ours by its UUID.
+
+        `tag` is the operation's, which may take several disks.
+        """
+        return f".{tag.storage_name}.{self.disk}.new"
 
 
 def images(value: Json) -> tuple[Image, ...]:

@@ -5,6 +5,10 @@ SnapdErrors, with the reason as one sentence.
 
 `check` changes nothing, so that Plan is the same code as Create; `prepare` tells what it made
 before others can find it, so that a daemon killed at any moment finds it again in its journal.
+
+`check`, `prepare` and `create` are called once for all disks of an operation that the method takes,
+as some storages can take several at one instant. The tag that they, `taken` and `undo` are given is
+the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's own.
 """
 
 from __future__ import annotations

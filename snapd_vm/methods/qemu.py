@@ -53,10 +53,10 @@ class Qemu:
     def __init__(self, hypervisor: Hypervisor, overlay_dirs: Sequence[str]) -> None:
         self._hypervisor = hypervisor
         self._overlay_dirs = overlay_dirs
-        # Operations after which QEMU has no node that libvirt does not know: those of this process
-        # in which libvirt has not gone away in the middle of the switch. Only for the others is
-        # QEMU's monitor asked, as that marks the domain.
-        self._in_order: set[str] = set()
+        # Operations, and their disks, after which QEMU has no node that libvirt does not know:
+        # those of this process in which libvirt has not gone away in the middle of the switch. Only
+        # for the others is QEMU's monitor asked, as that marks the domain.
+        self._in_order: set[tuple[str, str]] = set()
 
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
@@ -127,14 +127,23 @@ class Qemu:
         return disk, str(target.data["origin_format"])
 
     def size(self, target: Target) -> int:
-        """The virtual size that the overlay will have."""
+        """The virtual size that the overlay will have.
+
+        It is in the header of a qcow2 image. A raw one may have grown unseen by the QEMU that runs,
+        which is then asked; off, libvirt can't tell of a pool's volume.
+        """
         found = Layer.of(target)
-        if found.instance == -1:  # libvirt can't tell of a pool's volume then
+        if found.instance == -1 or found.origin_format == "qcow2":
             return storage.virtual_size(found.origin, found.origin_format)
         return self._hypervisor.capacity(str(target.data["domain"]), target.disk)
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
+        overlays = [Layer.of(target).path for target in targets]
+        if len(set(overlays)) < len(overlays):
+            raise NameInUse(
+                "Two of the disks would have the same overlay; name the overlays in their methods."
+            )
         needed, available, warnings = 0, 0, list[str]()
         for target in targets:
             found = Layer.of(target)
@@ -196,7 +205,7 @@ class Qemu:
             }
             prepared.append(dataclasses.replace(target, data=data))
         record(prepared)
-        self._in_order.add(tag.uuid)
+        self._in_order |= {(tag.uuid, target.disk) for target in prepared}
         for target in prepared:
             found = Layer.of(target)
             with open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
@@ -207,7 +216,8 @@ class Qemu:
         """One libvirt snapshot for all."""
         overlays = {t.disk: (str(t.data["overlay"]), "qcow2") for t in targets}
         others = [str(name) for t in targets for name in _names(t.data["others"])]
-        self._in_order.discard(tag.uuid)
+        known = {(tag.uuid, target.disk) for target in targets}
+        self._in_order -= known
         try:
             self._hypervisor.switch(
                 str(targets[0].data["domain"]),
@@ -216,9 +226,9 @@ class Qemu:
             )
         except HypervisorUnavailable as error:
             if not getattr(error, "lost", True):
-                self._in_order.add(tag.uuid)
+                self._in_order |= known
             raise
-        self._in_order.add(tag.uuid)
+        self._in_order |= known
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether the overlay is in the chain, live and (where it should) persistent.
@@ -236,7 +246,7 @@ class Qemu:
         live = commit.in_use(domain, found, target.disk)
         if live is None or live.mirror:  # a mirror: it is being committed away
             return False
-        self._in_order.discard(tag.uuid)
+        self._in_order.discard((tag.uuid, target.disk))
         if domain.active and found.persistent:
             persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
             if persistent is not None and _same_file(persistent.path, found.origin):
@@ -253,8 +263,8 @@ class Qemu:
 
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         """See Method and commit.undo."""
-        in_order = tag.uuid in self._in_order
-        self._in_order.discard(tag.uuid)
+        in_order = (tag.uuid, target.disk) in self._in_order
+        self._in_order.discard((tag.uuid, target.disk))
         return commit.undo(
             self._hypervisor, Layer.of(target), target.disk, tag, in_order=in_order, again=again
         )

@@ -88,8 +88,7 @@ class LibvirtAgent:
         if self._set is None or self._set == self._former_timeout():
             return
         try:
-            with self._pool.connection() as connection:
-                domain = connection.lookupByUUIDString(self._uuid)
+            with self._pool.domain(self._uuid) as domain:
                 domain.agentSetResponseTimeout(self._former_timeout())
             self._set = None
         except errors.SnapdError as error:
@@ -97,19 +96,26 @@ class LibvirtAgent:
 
     def _call(self, function: Callable[[libvirt.virDomain], T], timeout: float) -> T:
         seconds = max(1, math.ceil(timeout))
-        with self._pool.connection() as connection:
-            try:
-                domain = connection.lookupByUUIDString(self._uuid)
-                if self._set != seconds:
-                    self._former_timeout()
-                    domain.agentSetResponseTimeout(seconds)
-                    self._set = seconds
-                return function(domain)
-            except libvirt.libvirtError as error:
-                found = _agent_error(error)
-                if found is None:
-                    raise
-                raise found from error
+        try:
+            with self._pool.domain(self._uuid) as domain:
+                return self._ask(domain, function, seconds)
+        except errors.NoSuchDomain as error:
+            raise AgentGone(str(error)) from error
+
+    def _ask(
+        self, domain: libvirt.virDomain, function: Callable[[libvirt.virDomain], T], seconds: int
+    ) -> T:
+        try:
+            if self._set != seconds:
+                self._former_timeout()
+                domain.agentSetResponseTimeout(seconds)
+                self._set = seconds
+            return function(domain)
+        except libvirt.libvirtError as error:
+            found = _agent_error(error)
+            if found is None:
+                raise
+            raise found from error
 
 
 def _agent_error(error: libvirt.libvirtError) -> AgentGone | AgentTimeout | AgentRefused | None:

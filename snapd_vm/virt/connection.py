@@ -2,7 +2,8 @@
 
 libvirtd reads at most max_client_requests (5 by default) calls at a time from one connection, so a
 few hung guest agents would hold up every other call on it, a thaw among them. Each call therefore
-has a connection of its own for as long as it lasts, from a pool; it costs 5 ms to open one.
+has a connection of its own for as long as it lasts, from a pool; it costs 5 ms to open one. A round
+trip to libvirtd takes 0.2 ms on a busy machine, and a Create is made of many.
 
 libvirtaio touches the asyncio loop from libvirt's threads and loses events; what works is libvirt's
 default event loop in a thread, with callbacks handed over through call_soon_threadsafe.
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_COUNT = 3
 _IDLE_CONNECTIONS = 4
+_KNOWN_DOMAINS = 64
 _OPEN_LIMIT_S = 20.0
 _HUNG_OPENINGS = 64
 
@@ -64,13 +66,33 @@ def open_connection(uri: str) -> libvirt.virConnect:
     return connection
 
 
+class _Line:
+    """A connection, and the domains that were looked up on it."""
+
+    def __init__(self, connection: libvirt.virConnect) -> None:
+        self.connection = connection
+        self._domains: dict[str, libvirt.virDomain] = {}
+
+    def domain(self, uuid: str) -> libvirt.virDomain:
+        """The domain of this UUID; libvirt finds it by that alone, so it is looked up once.
+
+        What it says without asking libvirt (its ID and name) may be old. Raises libvirtError.
+        """
+        found = self._domains.get(uuid)
+        if found is None:
+            if len(self._domains) >= _KNOWN_DOMAINS:
+                self._domains.clear()
+            found = self._domains[uuid] = self.connection.lookupByUUIDString(uuid)
+        return found
+
+
 class ConnectionPool:
     """Connections for calls, one each; safe to use from any thread."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._lock = threading.Lock()
-        self._idle: list[libvirt.virConnect] = []
+        self._idle: list[_Line] = []
         # Two connections to a test driver are two worlds, unless they are one object.
         self._shared: libvirt.virConnect | None = None
         self._hung = 0  # openings under way
@@ -82,26 +104,37 @@ class ConnectionPool:
     @contextlib.contextmanager
     def connection(self) -> Iterator[libvirt.virConnect]:
         """A connection that nobody else uses meanwhile; errors of libvirt become SnapdErrors."""
+        with self._line() as line:
+            yield line.connection
+
+    @contextlib.contextmanager
+    def domain(self, uuid: str) -> Iterator[libvirt.virDomain]:
+        """A domain on such a connection, for calls; its own ID and name may be old."""
+        with self._line() as line:
+            yield line.domain(uuid)
+
+    @contextlib.contextmanager
+    def _line(self) -> Iterator[_Line]:
         with translated():
             if self._shared is not None:
-                yield self._shared
+                yield _Line(self._shared)
                 return
             with self._lock:
                 taken = self._idle.pop() if self._idle else None
-            if taken is not None and not _alive(taken):
-                _close(taken)
+            if taken is not None and not _alive(taken.connection):
+                _close(taken.connection)
                 taken = None
             if taken is None:
-                taken = self._open()
+                taken = _Line(self._open())
             try:
                 yield taken
             finally:
                 with self._lock:
-                    keep = len(self._idle) < _IDLE_CONNECTIONS and _alive(taken)
+                    keep = len(self._idle) < _IDLE_CONNECTIONS and _alive(taken.connection)
                     if keep:
                         self._idle.append(taken)
                 if not keep:
-                    _close(taken)
+                    _close(taken.connection)
 
     def _open(self) -> libvirt.virConnect:
         """A new connection within a limit, which libvirt.open has none of.
@@ -144,8 +177,8 @@ class ConnectionPool:
         with self._lock:
             idle, self._idle = self._idle, []
             self._shared = None
-        for connection in idle:
-            _close(connection)
+        for line in idle:
+            _close(line.connection)
 
 
 def _alive(connection: libvirt.virConnect) -> bool:

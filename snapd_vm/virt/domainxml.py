@@ -21,6 +21,7 @@ _LIMIT = 16 << 20
 _OWN_CHANNEL = "org.qemu.guest_agent.0"
 _OTHER_CHANNELS = "*guest_agent*"
 _KEPT_BY_NEW_IMAGE = ("seclabel",)
+_INSTANCE = re.compile(r"\s*<domain\b[^>]*\sid='(\d+)'")
 _UNFIT = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -55,6 +56,12 @@ def parse_domain(
         nvram=tree.find("os/nvram") is not None,
         tpm=tree.find("devices/tpm") is not None,
     )
+
+
+def instance(live_xml: str) -> int:
+    """The number of the running instance, from the `<domain id=…>` that libvirt writes; else -1."""
+    found = _INSTANCE.match(live_xml)
+    return int(found[1]) if found else -1
 
 
 def disk_xml(domain_xml: str, target: str) -> str:

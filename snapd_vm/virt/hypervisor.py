@@ -7,9 +7,8 @@ keep-alive within 20 s, a call on a domain with a stuck job after 30 s (qemu dri
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -87,14 +86,9 @@ class Hypervisor:
         self._pool = pool
         self._qemu_user: tuple[int, int] | None = None
 
-    @contextlib.contextmanager
-    def _domain(self, uuid: str) -> Iterator[libvirt.virDomain]:
-        with self._pool.connection() as connection:
-            yield connection.lookupByUUIDString(uuid)
-
     def read(self, uuid: str) -> Domain:
         """The domain as libvirt describes it now. Raises NoSuchDomain."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             return read_domain(domain)
 
     def redefine_disk(
@@ -130,7 +124,7 @@ class Hypervisor:
         (virDomainAttachDeviceFlags with AFFECT_CONFIG).
         """
         with self._pool.connection() as connection:
-            domains = _read_all(connection)
+            domains = _definitions(connection)
         return users.user_of(path, uuid, target, domains, self.pool_folders(), known)
 
     def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent:
@@ -141,44 +135,57 @@ class Hypervisor:
 
     def off_state(self, uuid: str) -> OffState:
         """Why the domain is off, and whether it has a managed save image."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             _, reason = domain.state()
             return OffState(reason, bool(_if_supported(domain.hasManagedSaveImage)))
 
     def managed_save(self, uuid: str) -> bool:
         """Whether the domain has a managed save image."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             return bool(_if_supported(domain.hasManagedSaveImage))
 
     def checkpoints(self, uuid: str) -> bool:
         """Whether the domain has checkpoints (refuse offline disk-only snapshots)."""
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             return bool(_if_supported(domain.listAllCheckpoints))
 
     def running_job(self, uuid: str, target: str) -> str:
         """What occupies the domain or the disk: a block job, backup, migration or save; or ''."""
-        with self._domain(uuid) as domain:
-            if not domain.isActive():
-                return ""
-            if _if_supported(lambda: domain.blockJobInfo(target)):
-                return "a block job is running on the disk"
-            with contextlib.suppress(libvirt.libvirtError):  # no backup job: an error
-                domain.backupGetXMLDesc()
-                return "a backup of the domain is running"
-            stats = _if_supported(domain.jobStats) or {}
-            if stats.get("type", 0) in (
+        with self._pool.domain(uuid) as domain:
+            try:
+                if _if_supported(lambda: domain.blockJobInfo(target)):
+                    return "a block job is running on the disk"
+                stats = _if_supported(domain.jobStats) or {}
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:  # it is off
+                    return ""
+                raise
+            if stats.get("type", 0) not in (
                 libvirt.VIR_DOMAIN_JOB_BOUNDED,
                 libvirt.VIR_DOMAIN_JOB_UNBOUNDED,
             ):
-                return "a migration, save or other job of the domain is running"
-            return ""
+                return ""
+            if stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+                return "a backup of the domain is running"
+            return "a migration, save or other job of the domain is running"
+
+    def suspend(self, uuid: str) -> None:
+        """Stop the domain's vCPUs; QEMU flushes its buffers (virDomainSuspend)."""
+        with self._pool.domain(uuid) as domain:
+            domain.suspend()
+
+    def resume(self, uuid: str) -> None:
+        """Let the domain's vCPUs run, if they do not (virDomainResume)."""
+        with self._pool.domain(uuid) as domain:
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
 
     def capacity(self, uuid: str, target: str) -> int:
         """The virtual size of the disk in bytes (virDomainGetBlockInfo).
 
         It waits for a job that is changing the domain, so it also serves to wait for one to end.
         """
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             try:
                 return int(domain.blockInfo(target)[0])
             except libvirt.libvirtError as error:
@@ -197,7 +204,7 @@ class Hypervisor:
         with REUSE_EXT libvirt makes no overlay, nor does it look into one.
         """
         xml = domainxml.snapshot_xml([*overlays, *others], overlays)
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS)
 
     def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None:
@@ -211,7 +218,7 @@ class Hypervisor:
         flags = 0
         if not top:
             flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
-        with self._domain(uuid) as domain:
+        with self._pool.domain(uuid) as domain:
             if not domain.blockJobInfo(target):
                 domain.blockCommit(target, base, top or None, 0, flags)
             _follow(domain, target, watch, active=not top)
@@ -288,12 +295,15 @@ def _pivot(domain: libvirt.virDomain, target: str) -> None:
             time.sleep(0.05)
 
 
-def _read_all(connection: libvirt.virConnect) -> list[Domain]:
-    """Every domain, or an error: one that can't be read may be the one that is looked for."""
+def _definitions(connection: libvirt.virConnect) -> list[Domain]:
+    """The disks of every domain, or an error: one that can't be read may be the one looked for."""
     found = []
     for domain in connection.listAllDomains():
         try:
-            found.append(read_domain(domain))
+            # No state is asked for, and a transient one has as its definition what it runs with:
+            # there may be hundreds.
+            live = domain.XMLDesc()
+            found.append(_described(domain, live, state="nostate", persistent=True))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone between the two calls
                 raise
@@ -302,11 +312,16 @@ def _read_all(connection: libvirt.virConnect) -> list[Domain]:
 
 def read_domain(domain: libvirt.virDomain) -> Domain:
     """A Domain from a libvirt domain. Raises libvirt.libvirtError, as when it is gone."""
-    connection = domain.connect()
     state, _ = domain.state()
-    number = domain.ID()
     persistent = bool(domain.isPersistent())
     live = domain.XMLDesc()
+    return _described(domain, live, state=_STATES.get(state, "nostate"), persistent=persistent)
+
+
+def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: bool) -> Domain:
+    """Its ID is taken from the XML: what `domain` itself says is of when it was looked up."""
+    connection = domain.connect()
+    number = domainxml.instance(live)
     inactive = None
     if number != -1 and persistent:
         inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
@@ -325,7 +340,7 @@ def read_domain(domain: libvirt.virDomain) -> Domain:
         live,
         inactive,
         id=number,
-        state=_STATES.get(state, "nostate"),
+        state=state,
         persistent=persistent,
         resolve_volume=resolve_volume,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,11 +61,15 @@ class Service:
 
 
 def install(lab: Lab) -> Path:
-    """The command as `make install` puts it down: compiled, and with no way to the checkout."""
+    """The command as `make install` puts it down: compiled, and with no way to the checkout.
+
+    It runs with the system's Python and Debian's packages, as those beside it do, and not with the
+    Python of the tests: that may be built in another way, which alone makes up a third.
+    """
     place = lab.run.path("installed")
     env = dict.fromkeys(("MAKEFLAGS", "MAKELEVEL", "PYTHONDONTWRITEBYTECODE"), "")
     words = ["make", "-s", "-C", str(CHECKOUT), "install", f"DESTDIR={place}", "PREFIX=/usr"]
-    done = attempt([*words, f"INSTALL_PYTHON={sys.executable}"], env=env)
+    done = attempt(words, env=env)
     if done.returncode:
         raise LabError(f"make install: {done.stderr.strip()}")
     return place / "usr/bin/snapd-vm"

@@ -132,10 +132,16 @@ class FakeEngine:
     def find(self, request: Request) -> Found:
         return select.find(self.domains, request)
 
-    async def create(self, found: Found, request: Request, uid: int) -> Snapshot:
+    async def create(
+        self, found: Sequence[Found], requests: Sequence[Request], uid: int
+    ) -> Sequence[Snapshot]:
         self.uids.append(uid)
-        await self._do("create", request)
-        return make_snapshot(modified_disk="<disk now='overlay'/>", backup_source="<source/>")
+        for request in requests:
+            await self._do("create", request)
+        return [
+            make_snapshot(n, modified_disk="<disk now='overlay'/>", backup_source="<source/>")
+            for n, _ in enumerate(requests, 1)
+        ]
 
     async def delete(self, snapshot_uuid: str, uid: int) -> str:
         self.uids.append(uid)

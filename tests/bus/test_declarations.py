@@ -112,6 +112,7 @@ def test_the_actions_are_those_of_the_design() -> None:
     assert actions == {
         ("Root", "Create"): Action.CREATE,
         ("Domain", "Create"): Action.CREATE,
+        ("Domain", "CreateSet"): Action.CREATE,
         ("Domain", "Plan"): Action.CREATE,
         ("Domain", "Disks"): Action.READ,
         ("Snapshot", "GetBackupSource"): Action.READ,

@@ -238,12 +238,12 @@ async def test_the_properties_of_a_job(client: Client, polkit: StandInPolkit) ->
 async def test_a_result_tells_no_path(client: Client, engine: FakeEngine) -> None:
     secret = "<source file='/pool/secret'/>"
     answers = {"modified_disk": secret, "backup_source": secret, "anything": "/pool/secret"}
-    told = {"snapshot": PATH, "consistency": "quiesced"}
+    told = {"snapshots": [PATH], "error": "Busy"}
     new = make_job(1, done=True, result=answers | told)
     engine.jobs[1] = new
     assert (await client.properties(job_path(1), JOB))["Result"] == {
-        "snapshot": Variant("o", PATH),
-        "consistency": Variant("s", "quiesced"),
+        "snapshots": Variant("ao", [PATH]),
+        "error": Variant("s", "Busy"),
     }
     await client.listen()
     engine.tell("job_added", new)

@@ -21,7 +21,15 @@ from snapd_vm.bus.contract import (
 from snapd_vm.model import ROOT_PATH, AgentChannel, domain_path, job_path, snapshot_path
 from tests.bus.clients import Client
 from tests.bus.conftest import VERSION
-from tests.bus.fakes import FakeEngine, StandInPolkit, make_domain, make_job, make_snapshot, uuid
+from tests.bus.fakes import (
+    FakeEngine,
+    StandInPolkit,
+    make_disk,
+    make_domain,
+    make_job,
+    make_snapshot,
+    uuid,
+)
 
 STANDARD = "org.freedesktop.DBus.Error."
 ERROR = "org.example.DiskSnapshot.Error."
@@ -55,6 +63,42 @@ async def test_no_agent_that_is_not_connected_in_a_running_domain(
 ) -> None:
     engine.domains[uuid(1)] = make_domain(1, **changes)
     assert (await client.properties(domain_path(uuid(1)), DOMAIN))["GuestAgent"] is False
+
+
+async def test_a_set_is_answered_in_its_order(client: Client, engine: FakeEngine) -> None:
+    engine.domains[uuid(1)] = make_domain(1, disks=(make_disk("vda"), make_disk("vdb")))
+    given = [[VDA, ""], ["<disk><target dev='vdb'/></disk>", "<diskSnapshot method='qemu'/>"]]
+    path = domain_path(uuid(1))
+    answer = await client.call(DOMAIN, "CreateSet", "a(ss)su", [given, "both", 1], path=path)
+    assert answer.body == [
+        [[snapshot_path(uuid(1000 + n)), "<disk now='overlay'/>", "<source/>"] for n in (1, 2)]
+    ]
+    asked = [request for call, request in engine.calls if call == "create"]
+    assert [(r.disk.target, r.name, r.flags, r.uuid) for r in asked] == [
+        ("vda", "both", 1, uuid(1)),
+        ("vdb", "both", 1, uuid(1)),
+    ]
+    assert [request.method and request.method.method for request in asked] == [None, "qemu"]
+
+
+async def test_a_set_asks_polkit_once_for_all_its_disks(
+    client: Client, engine: FakeEngine, polkit: StandInPolkit
+) -> None:
+    overlay = "<diskSnapshot method='qemu'><overlay file='/pool/a'/></diskSnapshot>"
+    given = [[VDA, ""], ["<disk><target dev='vdb'/></disk>", overlay]]
+    await client.call(DOMAIN, "CreateSet", "a(ss)su", [given, "both", 0], path=domain_path(uuid(1)))
+    asked = [(q.action.rpartition(".")[2], q.details["disk"]) for q in polkit.questions]
+    assert sorted(set(asked)) == [("configure", "vda,vdb"), ("create", "vda,vdb")]
+    assert {q.details["method"] for q in polkit.questions} == {",qemu"}
+
+
+async def test_arrays_have_a_limit_before_they_are_read(client: Client, engine: FakeEngine) -> None:
+    given = [["", ""]] * 20_000
+    answer = await client.call(
+        DOMAIN, "CreateSet", "a(ss)su", [given, "", 0], path=domain_path(uuid(1))
+    )
+    assert answer.error_name == STANDARD + "LimitsExceeded"
+    assert not engine.calls
 
 
 async def test_snapshot_properties(client: Client, engine: FakeEngine) -> None:

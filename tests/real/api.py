@@ -99,6 +99,17 @@ class Api:
         args = (disk_xml, method_xml, name, flags)
         return Created(*await self.call(path_of(guest), NAME, "Create", "sssu", *args))
 
+    async def create_set(
+        self, guest: Guest, *disks: str | tuple[str, str], name: str = "", flags: int = 0
+    ) -> list[tuple[str, Created]]:
+        """CreateSet of these targets, each with a method's XML if it is a pair: path and answer."""
+        pairs = [(disk, "") if isinstance(disk, str) else disk for disk in disks]
+        given = [[f"<disk><target dev='{target}'/></disk>", method] for target, method in pairs]
+        rows = (
+            await self.call(path_of(guest), DOMAIN, "CreateSet", "a(ss)su", given, name, flags)
+        )[0]
+        return [(path, Created(modified, source)) for path, modified, source in rows]
+
     async def create_on_root(
         self, disk_xml: str, method_xml: str = "", name: str = "", flags: int = 0
     ) -> Created:
