@@ -9,6 +9,8 @@ import asyncio
 import os
 import pwd
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,18 @@ def starts(guest: Guest) -> None:
     guest.domain.create()
     assert file_of(guest) == file_of(guest, INACTIVE)
     guest.domain.destroy()
+
+
+@contextmanager
+def reader(path: str) -> Iterator[str]:
+    """A process that has the file open, and nobody else has; its id."""
+    with open(path, "rb") as file:
+        process = subprocess.Popen(["sleep", "60"], stdin=file)
+    try:
+        yield str(process.pid)
+    finally:
+        process.kill()
+        process.wait()
 
 
 # -- killed --------------------------------------------------------------------------------------
@@ -340,9 +354,8 @@ async def test_what_would_be_discarded_is_being_read(api: Api, places: Places) -
     guest = places.guest()
     await places.known(api)
     (created,) = await stack(api, guest, 1)
-    with open(created.overlay, "rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as p:
-        assert str(p.pid) in await kept(api, guest, created, "Busy")
-        p.kill()
+    with reader(created.overlay) as pid:
+        assert pid in await kept(api, guest, created, "Busy")
     with open(created.file, "rb"):  # to read the snapshot is nothing that a revert disturbs
         await revert(api, created)
 
@@ -412,10 +425,9 @@ async def test_one_beside_the_chain_that_is_read_holds_up_the_delete_of_what_it_
     stacked = await stack(api, guest, 2)
     sums = await contents(api, tmp_path, stacked)
     await revert(api, stacked[0])
-    with open(stacked[1].file, "rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as p:
+    with reader(stacked[1].file) as pid:
         for created in stacked:
-            assert str(p.pid) in (await refused(delete(api, created), "Busy")).text
-        p.kill()
+            assert pid in (await refused(delete(api, created), "Busy")).text
     linked = image(Path(stacked[1].file).with_name("linked.qcow2"), stacked[1].file)
     assert "linked" in (await refused(delete(api, stacked[1]), "Busy")).text
     linked.unlink()
