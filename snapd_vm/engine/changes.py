@@ -83,10 +83,9 @@ class Changes:
             self._failed(operation, error)
             if not await self._closed(operation, error):
                 return Outcome(_told(error), operation)
+            await self._refreshed(operation.tag.domain_uuid)
             self._shelf.replace(dataclasses.replace(former, state=state))
             return Outcome(_told(error))
-        finally:
-            await self._refreshed(operation.tag.domain_uuid)
         await self._shelf.look_at_domain(operation.tag.domain_uuid)  # nobody did meanwhile
         return Outcome()
 
@@ -102,6 +101,7 @@ class Changes:
         snapshot = operation.drafts[0]
         world, others = self._world, self._shelf.of(snapshot.domain_uuid)
         moved = await world.run(delete.carry_out, world, operation, others, watch)
+        await self._refreshed(snapshot.domain_uuid)  # before anybody looks at the others again
         self._shelf.remove(snapshot.uuid)
         _log("deleted snapshot %s of disk %s of domain %s", MessageId.DELETED, snapshot)
         for other in moved:
@@ -118,7 +118,7 @@ class Changes:
             changed = await world.run(revert.settle, world, operation, all_of)
         else:
             changed = await world.run(revert.carry_out, world, operation, all_of, watch)
-        await self._refreshed(snapshot.domain_uuid)  # before anybody looks at them again
+        await self._refreshed(snapshot.domain_uuid)
         for one in changed:
             self._shelf.replace(one)
         if changed:

@@ -256,8 +256,9 @@ async def test_it_can_not_be_cancelled_once_the_disk_is_the_snapshots(
     assert whole(file_of(guest), tmp_path) == whole(created.file, tmp_path)
 
 
+@pytest.mark.parametrize("saved", [False, True])
 async def test_a_domain_that_is_started_in_between_keeps_what_it_runs_on(
-    connect: Connect, faulty: Lab, places: Places
+    connect: Connect, faulty: Lab, places: Places, saved: bool
 ) -> None:
     guest = places.guest()
     halted = Halted(faulty, RevertStep.ARMED)
@@ -268,12 +269,42 @@ async def test_a_domain_that_is_started_in_between_keeps_what_it_runs_on(
     before = world(guest)[2]
     call = await halted.begin(api, created)
     guest.domain.create()
+    if saved:
+        guest.domain.managedSave()
     halted.flag.unlink()
-    await refused(call, "InvalidState", "Busy")
+    await refused(call, "InvalidState" if saved else "Busy")
     assert file_of(guest) == file_of(guest, INACTIVE) == created.overlay
     assert world(guest)[2] == before
-    guest.domain.destroy()
+    if saved:
+        guest.domain.managedSaveRemove()
+    else:
+        guest.domain.destroy()
     await revert(api, created)
+
+
+async def test_a_domain_that_runs_on_what_was_to_be_discarded_keeps_it(
+    connect: Connect, faulty: Lab, places: Places
+) -> None:
+    """As where the file system has no locks: the definition says the new one, and QEMU the old."""
+    guest = places.guest()
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", RevertStep.SWITCHED, "--do", "kill"))
+    api = await connect()
+    await places.known(api)
+    (created,) = await stack(api, guest, 1)
+    before, old = world(guest)[2], guest.domain.XMLDesc(INACTIVE)
+    await refused(revert(api, created), "org.freedesktop.DBus.Error.NoReply")
+    await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
+    new = guest.domain.XMLDesc(INACTIVE)
+    connection: Any = guest.domain.connect()
+    connection.defineXML(old)
+    guest.domain.create()
+    connection.defineXML(new)
+    assert file_of(guest) != file_of(guest, INACTIVE)
+    faulty.daemon.start({}, argv=DAEMON)
+    await places.known(api)
+    assert file_of(guest) == file_of(guest, INACTIVE) == created.overlay
+    assert world(guest)[2] == before
+    assert (await api.snapshots_of(guest))[created.snapshot]["State"] == "ready"
 
 
 # -- refused -------------------------------------------------------------------------------------
