@@ -8,6 +8,7 @@ or goes.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -129,5 +130,8 @@ def _below(layer: Layer) -> tuple[str, str]:
 
 
 def _allocated(path: str) -> int:
+    """The most bytes that its data take: of a device, all that it has."""
     found = os.stat(path)
+    if stat.S_ISBLK(found.st_mode):
+        return storage.virtual_size(path, "raw")
     return found.st_blocks * 512

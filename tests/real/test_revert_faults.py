@@ -282,6 +282,36 @@ async def test_a_domain_that_is_started_in_between_keeps_what_it_runs_on(
     await revert(api, created)
 
 
+@pytest.mark.parametrize("step", [RevertStep.BEGUN, RevertStep.ARMED, RevertStep.SWITCHED])
+async def test_libvirtd_goes_away_and_comes_back(
+    connect: Connect, faulty: Lab, places: Places, tmp_path: Path, step: RevertStep
+) -> None:
+    """What can't be settled now keeps the domain closed, and is settled when libvirt is back."""
+    guest = places.guest()
+    halted = Halted(faulty, step)
+    faulty.daemon.start({}, argv=halted.argv)
+    api = await connect()
+    await places.known(api)
+    (created,) = await stack(api, guest, 1)
+    present, before = whole(file_of(guest), tmp_path), world(guest)
+    call = await halted.begin(api, created)
+    await asyncio.to_thread(faulty.libvirtd.stop)
+    halted.flag.unlink()
+    await refused(call, "HypervisorUnavailable")
+    assert (await api.snapshots_of(guest))[created.snapshot]["State"] == "reverting"
+    await refused(api.create(guest), "Busy")
+    await asyncio.to_thread(faulty.libvirtd.start)
+    await until(api, guest, created, "ready")
+    if step is RevertStep.SWITCHED:
+        assert whole(file_of(guest), tmp_path) == whole(created.file, tmp_path)
+        (files,) = world(guest)[2].values()
+        assert len(files) == 2
+    else:
+        assert (whole(file_of(guest), tmp_path), world(guest)) == (present, before)
+    starts(guest)
+    await revert(api, created)
+
+
 async def test_a_domain_that_runs_on_what_was_to_be_discarded_keeps_it(
     connect: Connect, faulty: Lab, places: Places
 ) -> None:
@@ -403,13 +433,13 @@ async def test_an_image_that_is_not_ours(api: Api, places: Places) -> None:
     assert "make a snapshot" in text
     xml = guest.domain.XMLDesc(INACTIVE)
     connection.defineXML(xml.replace(str(foreign), created.file))  # as from an old definition
-    await kept_state(api, guest, created, "failed")
+    await until(api, guest, created, "failed")
     await refused(revert(api, created), "InvalidState")
     assert file_of(guest) == created.file
     assert os.path.exists(created.overlay)
 
 
-async def kept_state(api: Api, guest: Guest, created: Created, state: str) -> None:
+async def until(api: Api, guest: Guest, created: Created, state: str) -> None:
     deadline = asyncio.get_running_loop().time() + 10
     while (await api.snapshots_of(guest))[created.snapshot]["State"] != state:
         assert asyncio.get_running_loop().time() < deadline
