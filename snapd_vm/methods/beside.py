@@ -1,12 +1,14 @@
-"""Snapshots beside a disk's chain, where a revert to an older one has left them.
+"""Snapshots beside a disk's chain, where a revert to another one has left them.
 
-Their origins are overlays of ours that no domain uses, on images that the disk's chain has too.
-Here is what a delete owes them: their contents stay, byte for byte, though what they lie on changes
-or goes.
+Their origins are images that no domain uses, on images that the disk's chain may have too. All are
+overlays of ours but the one that was there before the first snapshot, which is never removed. Here
+is what a delete owes them: their contents stay, byte for byte, though what they lie on changes or
+goes.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,8 @@ from snapd_vm import command, qcow2, storage
 from snapd_vm.errors import Busy, InvalidState, NoSpace, StorageFailed
 from snapd_vm.methods import folder
 from snapd_vm.methods.layer import Image, Layer
+
+log = logging.getLogger(__name__)
 
 _MARGIN = 1 << 20
 _SLOWEST_BYTES_S = 4 << 20
@@ -58,10 +62,16 @@ def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
 
 
 def delete(hypervisor: Hypervisor, layer: Layer) -> None:
-    """Remove the file of a snapshot that is beside the chain; may be called again."""
+    """Remove a snapshot that is beside the chain, and its file if that is ours.
+
+    May be called again.
+    """
     if own(layer):
         detach(layer)
-        folder.remove(hypervisor, layer.origin)
+        if layer.foreign:
+            log.warning("%s was there before its first snapshot and is left alone", layer.origin)
+        else:
+            folder.remove(hypervisor, layer.origin)
 
 
 def own(layer: Layer) -> bool:

@@ -42,8 +42,8 @@ class Layer:
     `instance` is libvirt's number of the domain's run at that time, -1 if it was off; `persistent`
     says that the definition named the same origin. `disk` is its `<target dev>`. `aside` is the
     origin's identity where a revert has left the snapshot beside the disk's chain: it has no
-    overlay then. `beside` are the origins of other such snapshots of the disk, as far as they were
-    asked for (see Reverts.among).
+    overlay then; `foreign` if we did not make that file. `beside` are the origins of other such
+    snapshots of the disk, as far as they were asked for (see Reverts.among).
     """
 
     disk: str
@@ -56,6 +56,7 @@ class Layer:
     path: str
     inode: FileId | None
     aside: FileId | None
+    foreign: bool
     beside: tuple[Image, ...]
 
     @classmethod
@@ -74,6 +75,7 @@ class Layer:
             path=str(data["overlay"]),
             inode=FileId(device, inode) if known else None,  # type: ignore[arg-type]
             aside=Image.of(data["aside"]).file if data.get("aside") else None,
+            foreign=bool(data.get("foreign")),
             beside=images(data.get("beside")),
         )
 

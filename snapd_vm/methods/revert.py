@@ -33,7 +33,7 @@ from snapd_vm.model import Disk, Domain, Json, Tag, Target
 log = logging.getLogger(__name__)
 
 _RESERVE = 1 << 20
-_OURS = ("revert", "aside", "beside")
+_OURS = ("revert", "aside", "foreign", "beside")
 """What is in a Target's data besides the overlay; only for as long as it is true."""
 
 
@@ -47,13 +47,15 @@ class Hypervisor(commit.Hypervisor, Protocol):
 class _Plan:
     """What a revert has written down: the new overlay, the one to discard, and all that we made.
 
-    `made` is the new overlay's identity, from the moment on at which there is one.
+    `below` is what lies below the one to discard. `made` is the new overlay's identity, from the
+    moment on at which there is one.
     """
 
     overlay: str
     size: int
     discarded: Image
     known: tuple[Image, ...]
+    below: tuple[Image, ...]
     made: Image | None
 
     @classmethod
@@ -67,6 +69,7 @@ class _Plan:
             size if isinstance(size, int) else 0,
             Image.of(data["discarded"]),
             images(data["known"]),
+            images(data["below"]),
             Image.of(made) if made else None,
         )
 
@@ -77,6 +80,7 @@ class _Plan:
             "size": self.size,
             "discarded": self.discarded.as_json(),
             "known": [image.as_json() for image in self.known],
+            "below": [image.as_json() for image in self.below],
             "made": self.made.as_json() if self.made else None,
         }
         return dataclasses.replace(target, data={**target.data, "revert": data})
@@ -107,7 +111,12 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Tar
     size = storage.virtual_size(layer.origin, layer.origin_format)
     name = _free_name(hypervisor, layer, tag)
     _check_space(os.path.dirname(name), size)
-    return _Plan(name, size, discarded, known, None).into(target)
+    below = [
+        Image(path, found)
+        for path in storage.backing_chain(discarded.path)
+        if (found := storage.file_id(path)) is not None
+    ]
+    return _Plan(name, size, discarded, known, tuple(below), None).into(target)
 
 
 def _check_off(hypervisor: Hypervisor, domain: Domain) -> None:
@@ -129,9 +138,9 @@ def _made_by_us(targets: Iterable[Target]) -> tuple[Image, ...]:
     """The images of the disk's snapshots that are overlays of ours, and are still the same."""
     found = []
     for layer in map(Layer.of, targets):
-        if layer.aside is not None:
+        if layer.aside is not None and not layer.foreign:
             found.append(Image(layer.origin, layer.aside))
-        elif layer.inode is not None and commit.own_id(layer) is not None:
+        elif layer.aside is None and layer.inode is not None and commit.own_id(layer):
             found.append(Image(layer.path, layer.inode))
     return tuple(image for image in found if image.there())
 
@@ -276,9 +285,12 @@ def reverted(target: Target, other: Target) -> Target | None:
                 }
             break
     else:
-        image = _same(layer.origin, known)
-        if image is not None:
+        image = _same(layer.origin, plan.below)
+        if layer.aside is not None:
+            data |= {name: other.data.get(name) for name in ("aside", "foreign")}
+        elif image is not None:
             data["aside"] = Image(layer.origin, image.file).as_json()
+            data["foreign"] = _same(layer.origin, known) is None
     return dataclasses.replace(other, data=data)
 
 

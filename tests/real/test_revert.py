@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
-from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, Created
-from tests.real.places import INACTIVE, Places, file_of
+from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
+from tests.real.places import INACTIVE, Places, file_of, refused
 from tests.real.test_crash import faulty
 from tests.real.test_delete import chain_of, delete, own
 
@@ -202,3 +203,76 @@ async def test_older_ones_go_while_the_guest_runs_on_what_it_went_back_to(
     assert guest.read("vda", "mark9") == "later"
     assert f"{guest.name} is detached" not in lab.daemon.log
     guest.remove()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_creates_reverts_and_deletes_at_random(
+    api: Api, places: Places, tmp_path: Path, seed: int
+) -> None:
+    """The disk and every snapshot against what was written, after each of them."""
+    chance = random.Random(seed)
+    guest = places.guest(DiskSpec(folder=places.folder(), size_mib=4, filesystem=None))
+    await places.known(api)
+    first = file_of(guest)
+    put(first, 1)
+    present = whole(first, tmp_path)
+    taken: dict[Created, str] = {}
+    for number in range(40):
+        what = chance.choice(["create", "write", "revert", "revert", "delete"])
+        one = chance.choice(list(taken)) if taken else None
+        if what == "create" and len(taken) < 6:
+            taken[await api.create(guest, name=f"r{number}")] = present
+        elif what == "revert" and one is not None and file_of(guest) != first:
+            try:
+                await revert(api, one)
+                present = taken[one]
+            except ApiError as error:  # the disk is an image that was there before us
+                assert "make a snapshot of the disk first" in error.text
+                taken[await api.create(guest, name=f"f{number}")] = present
+        elif what == "delete" and one is not None:
+            await delete(api, one)
+            del taken[one]
+        else:
+            put(file_of(guest), number + 2, chance.randrange(4))
+            present = whole(file_of(guest), tmp_path)
+        assert whole(file_of(guest), tmp_path) == present
+        assert await contents(api, tmp_path, list(taken)) == list(taken.values())
+        states = {row["State"] for row in (await api.snapshots_of(guest)).values()}
+        assert states <= {"ready"}
+        used = {file_of(guest)}
+        for one in taken:
+            source = etree.fromstring(await api.backup_source(one.snapshot))
+            used.add(source.get("file") or "")
+        there = {str(path) for path in Path(first).parent.iterdir()}
+        assert there - {first} == used - {first}
+    for one in chance.sample(list(taken), len(taken)):
+        await delete(api, one)
+        assert whole(file_of(guest), tmp_path) == present
+    there = {str(path) for path in Path(first).parent.iterdir()}
+    assert there - {first} == {file_of(guest)} - {first}
+
+
+async def test_the_image_that_was_there_first_is_never_removed(
+    api: Api, places: Places, tmp_path: Path
+) -> None:
+    guest = places.guest()
+    await places.known(api)
+    first = file_of(guest)
+    one, two = await stack(api, guest, 2)
+    await revert(api, one)
+    await delete(api, one)
+    assert file_of(guest) == first
+    put(first, 0x31, count=4)
+    text = (await refused(revert(api, two), "InvalidState")).text
+    assert "make a snapshot of the disk first" in text
+    three = await api.create(guest, name="three")
+    sums = await contents(api, tmp_path, [two, three])
+    for turn in (two, three, two):
+        await revert(api, turn)
+        assert await contents(api, tmp_path, [two, three]) == sums
+        assert {row["State"] for row in (await api.snapshots_of(guest)).values()} == {"ready"}
+    await delete(api, three)
+    assert images.checksum(first, "qcow2", tmp_path) == sums[1]
+    await delete(api, two)
+    assert whole(file_of(guest), tmp_path) == sums[0]
+    assert {str(path) for path in Path(first).parent.iterdir()} == {first, file_of(guest)}
