@@ -2,7 +2,7 @@
 
 _snapd_vm() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="create plan list delete disks methods daemon"
+    local commands="create plan list delete revert disks methods daemon"
     local command="" domain="" word skip="" position=0 index
     COMPREPLY=()
 
@@ -37,7 +37,7 @@ _snapd_vm() {
         local options="--help"
         case $command in
             create | plan) options+=" --json --name --method --quiesce-required --no-quiesce" ;;
-            delete) options+=" --json --no-wait" ;;
+            delete | revert) options+=" --json --no-wait" ;;
             list | disks | methods) options+=" --json" ;;
             daemon) options+=" --config --thaw-held" ;;
         esac
@@ -49,7 +49,7 @@ _snapd_vm() {
                 _snapd_vm_words "$cur" domains ;;
             create:[1-9]* | plan:1)
                 _snapd_vm_words "$cur" disks "$domain" ;;
-            delete:*)
+            delete:* | revert:0)
                 _snapd_vm_words "$cur" snapshots ;;
         esac
     fi

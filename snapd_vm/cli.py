@@ -14,6 +14,9 @@ import sys
 from snapd_vm import __version__
 from snapd_vm.cli_outcome import Ended, UsageError, complain
 
+_GO_ON = ("create", "delete", "revert")
+"""What the service goes on with when its client leaves."""
+
 # The contract's numbers, repeated here as the client imports nothing of the daemon's.
 QUIESCE_REQUIRED = 1
 NO_QUIESCE = 2
@@ -56,17 +59,21 @@ def parser() -> argparse.ArgumentParser:
     sub = command("list", "list snapshots by domain and disk")
     sub.add_argument("domain", metavar="DOMAIN", nargs="?", help="only those of this domain")
     _add_json(sub)
-    sub = command("delete", "delete snapshots; what the disks hold now stays as it is")
-    sub.add_argument(
-        "snapshots",
-        metavar="SNAPSHOT",
-        nargs="+",
-        help="DOMAIN/DISK/NAME as 'list' shows it, or the snapshot's UUID or object path",
-    )
-    sub.add_argument(
-        "--no-wait", action="store_true", help="return as soon as the service has begun"
-    )
-    _add_json(sub)
+    for name, count, text in (
+        ("delete", "+", "delete snapshots; what the disks hold now stays as it is"),
+        ("revert", 1, "bring a disk back to a snapshot; what it holds now is lost"),
+    ):
+        sub = command(name, text)
+        sub.add_argument(
+            "snapshots",
+            metavar="SNAPSHOT",
+            nargs=count,
+            help="DOMAIN/DISK/NAME as 'list' shows it, or the snapshot's UUID or object path",
+        )
+        sub.add_argument(
+            "--no-wait", action="store_true", help="return as soon as the service has begun"
+        )
+        _add_json(sub)
     sub = command("disks", "list a domain's disks and the method that create would use for each")
     sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
     _add_json(sub)
@@ -124,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
             complain(str(error))
         return 1
     except KeyboardInterrupt:
-        complain(GOES_ON if options.command in ("create", "delete") else "Interrupted.")
+        complain(GOES_ON if options.command in _GO_ON else "Interrupted.")
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough; Python would complain once more at its exit.

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 
 from snapd_vm import cli_bus, cli_snapshots, cli_text
 from snapd_vm.cli_bus import CallError, Service, connect
+from snapd_vm.cli_changes import delete, revert
 from snapd_vm.cli_create import create, method_xml, plan
-from snapd_vm.cli_delete import delete
 from snapd_vm.cli_outcome import require_text
 from snapd_vm.errors import NoSuchDomain
 
@@ -28,7 +28,7 @@ async def run(options: argparse.Namespace) -> str:
                 require_text(value)
     if options.command in ("create", "plan"):
         options.method = method_xml(options.method)
-    if options.command == "delete":
+    if options.command in ("delete", "revert"):
         for said in options.snapshots:
             cli_snapshots.require_form(said)
     async with connect(background=options.command == "complete") as service:
@@ -146,6 +146,7 @@ _COMMANDS: Mapping[str, Callable[[Service, argparse.Namespace], Awaitable[str]]]
     "plan": plan,
     "list": _list,
     "delete": delete,
+    "revert": revert,
     "disks": _disks,
     "methods": _methods,
     "complete": _complete,

@@ -22,7 +22,7 @@ from snapd_vm.bus.served import DiskSnapshotBus
 from snapd_vm.config import Config
 from snapd_vm.engine import recovery
 from snapd_vm.engine.engine import Engine
-from snapd_vm.engine.journal import DeleteStep, Journal, Step, claim
+from snapd_vm.engine.journal import AnyStep, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.method import Method
@@ -93,7 +93,7 @@ async def serve(
     settings: Config,
     journal: Journal,
     methods: MethodTable = built_in_methods,
-    reach: Callable[[Step | DeleteStep], None] = lambda _step: None,
+    reach: Callable[[AnyStep], None] = lambda _step: None,
 ) -> int:
     """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)

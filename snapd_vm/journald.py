@@ -23,6 +23,8 @@ class MessageId(StrEnum):
 
     CREATED = "f9a3c6c0b1d44c5e8a0e5a1d2f6b7c31"
     DELETED = "d3f5a7196c2e4b80a1d4c7e9f0b2635c"
+    REVERTED = "6e0f4a92b7c84d15a3d26c91f8e5b04a"
+    CANCELLED = "c19b7d5e3f6a4820b5e8d1a7f4c02963"
     FAILED = "0b6d1f3e5a284f0f9c7d8e2b4a6c1d52"
     SETTLED = "5c2e8b7a9d1f4e63b0a4c6d8e2f71a93"
     FROZEN_TOO_LONG = "7e1d9c3b5f8a42d6a0c2e4b6d8f01375"

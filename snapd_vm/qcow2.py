@@ -99,6 +99,21 @@ def read_header(fd: int) -> Header:
     return Header(size, os.fsdecode(backing), _backing_format(block, start), crypt != 0)
 
 
+def internal_snapshots(path: str) -> int:
+    """How many snapshots the image at `path` holds in itself; 0 where that can't be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return 0
+    try:
+        head = os.pread(fd, 64, 0)
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    return struct.unpack_from(">I", head, 60)[0] if head[:4] == _MAGIC and len(head) == 64 else 0
+
+
 def _backing_format(block: bytes, start: int) -> str:
     """The backing format from the header extensions that begin at `start`, or ''."""
     while start + 8 <= len(block):

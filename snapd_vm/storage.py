@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapd_vm import qcow2
-from snapd_vm.errors import MethodNotSupported, StorageFailed
+from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, len, pid
-_OFD_GETLK = 36  # F_OFD_GETLK, which Python 3.11's fcntl lacks
+_OFD_GETLK, _OFD_SETLK = 36, 37  # F_OFD_GETLK and its kin, which Python 3.11's fcntl lacks
 _WRITE_BYTE = 101
+_NO_WRITER_BYTE = 201
 
 MARK = "trusted.snapd-vm"
 """The extended attribute of files that are snapshots of ours; only root can set or see it."""
@@ -203,6 +204,29 @@ def write_locked(path: str) -> bool:
     finally:
         os.close(fd)
     return bool(kind != fcntl.F_UNLCK)
+
+
+@contextmanager
+def kept_from_writers(path: str) -> Iterator[None]:
+    """Keep every QEMU and qemu-img from opening the image for writing; raises Busy if one has.
+
+    The lock is that of a QEMU which shares no writing: on byte 200 + n, see `write_locked`. QEMU
+    locks first and looks then, as is done here, so that one of two always sees the other. Where the
+    file system has no locks, QEMU has none either.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise StorageFailed(f"The image {path} can't be opened: {error.strerror}.") from error
+    try:
+        with contextlib.suppress(OSError):
+            lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _NO_WRITER_BYTE, 1, 0)
+            fcntl.fcntl(fd, _OFD_SETLK, lock)
+        if write_locked(path):
+            raise Busy("The disk's image is open for writing; shut the domain down first.")
+        yield
+    finally:
+        os.close(fd)
 
 
 def reader_of(path: str, uuid: str) -> str:

@@ -220,6 +220,7 @@ class FakeService:
             "CreateSet": reply("a(oss)", [[SNAPSHOT, MODIFIED, SOURCE]] * 2),
             "Create": reply("ss", MODIFIED, SOURCE),
             "Delete": reply("s", MODIFIED),
+            "Revert": reply("s", MODIFIED),
             "Cancel": self._cancel,
             "Plan": reply("a{sv}", plan),
             "Disks": reply("aa{sv}", disks),

@@ -59,7 +59,7 @@ def answer(lab: Lab, action: str, user: str, **details: str) -> str:
 
 def test_without_rules_an_administrator_is_asked_for(lab: Lab) -> None:
     lab.polkit.rules("")
-    for action in ("create", "delete", "read", "configure"):
+    for action in ("create", "delete", "revert", "read", "configure"):
         assert answer(lab, action, "nobody", domain="web") == "would ask"
 
 
@@ -75,5 +75,5 @@ def test_the_example_rule_gives_nobody_else_and_nothing_else(lab: Lab) -> None:
     assert answer(lab, "create", "nobody", domain="web") == "would ask"
     assert answer(lab, "create", "backup", domain="mail") == "would ask"
     assert answer(lab, "create", "backup") == "would ask"
-    for action in ("configure", "delete"):
+    for action in ("configure", "delete", "revert"):
         assert answer(lab, action, "backup", domain="web") == "would ask"

@@ -316,6 +316,8 @@ def test_an_interrupt_says_what_goes_on(
     [
         [],
         ["delete"],
+        ["revert"],
+        ["revert", "web/vda/a", "web/vda/b"],
         ["create", "web"],
         ["create", "web", "vda", "--quiesce-required", "--no-quiesce"],
         ["create", "web", "vda", "--quiesce"],
@@ -391,7 +393,7 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
         return complete(bus, tmp_path, *words)
 
     assert offered("cr") == ["create"]
-    commands = {"create", "plan", "list", "delete", "disks", "methods", "daemon"}
+    commands = {"create", "plan", "list", "delete", "revert", "disks", "methods", "daemon"}
     assert set(offered("")) >= commands
     assert "complete" not in offered("")
     assert offered("create", "--q") == ["--quiesce-required"]
@@ -405,6 +407,9 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert offered("delete", "w") == ["web/vda/nightly"]
     both = [f"{GONE_UUID}/vda/old", "web/vda/nightly"]
     assert offered("delete", "--no-wait", "web/vda/nightly", "") == both
+    assert offered("revert", "--") == ["--help", "--json", "--no-wait"]
+    assert offered("revert", "w") == ["web/vda/nightly"]
+    assert offered("revert", "web/vda/nightly", "") == [""]
     assert offered("create", "web", "vda", "s") == ["sda"]
     assert offered("plan", "web", "vda", "") == [""]
 

@@ -24,7 +24,7 @@ NAME = "org.example.DiskSnapshot"
 POLICY = ROOT / f"polkit/{NAME}.policy"
 UNIT = ROOT / "systemd/snapd-vm.service"
 MANUALS = [ROOT / "docs/snapd-vm.1", ROOT / "docs/snapd-vm.toml.5"]
-ACTIONS = {f"{NAME}.{action}" for action in ("create", "delete", "read", "configure")}
+ACTIONS = {f"{NAME}.{action}" for action in ("create", "delete", "revert", "read", "configure")}
 
 DEFAULTS = ("allow_any", "allow_inactive", "allow_active")
 
@@ -101,7 +101,7 @@ def command_line() -> set[str]:
     """Every command and long option that the command line's own help shows."""
     top = cli.parser().format_help()
     commands = set(re.findall(r"^    (\w+) ", top, re.MULTILINE))
-    assert {"create", "plan", "list", "delete", "disks", "methods", "daemon"} == commands
+    assert {"create", "plan", "list", "delete", "revert", "disks", "methods", "daemon"} == commands
     words = set(commands)
     for command in commands:
         words |= set(re.findall(r"--[\w-]+", subcommand_help(command)))

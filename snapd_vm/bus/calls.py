@@ -18,6 +18,7 @@ class Action(StrEnum):
 
     CREATE = "org.example.DiskSnapshot.create"
     DELETE = "org.example.DiskSnapshot.delete"
+    REVERT = "org.example.DiskSnapshot.revert"
     READ = "org.example.DiskSnapshot.read"
     CONFIGURE = "org.example.DiskSnapshot.configure"
 

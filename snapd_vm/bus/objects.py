@@ -148,7 +148,23 @@ def delete(tree: Tree, snapshot: Snapshot, flags: int) -> PreparedJob:
     return PreparedJob(_snapshot_details(tree.service, snapshot), start)
 
 
-CANCEL_NEEDS: Mapping[str, Action] = {"create": Action.CREATE, "delete": Action.DELETE}
+@guarded(Snapshot, SNAPSHOT, "Revert", Action.REVERT)
+def revert(tree: Tree, snapshot: Snapshot, flags: int) -> PreparedJob:
+    """Revert of the disk to this snapshot. Raises InvalidArgs."""
+    if flags:
+        raise InvalidArgs("Revert has no flags; call it with 0.")
+
+    async def start(uid: int) -> Sequence[object]:
+        return (await tree.service.revert(snapshot.uuid, uid),)
+
+    return PreparedJob(_snapshot_details(tree.service, snapshot), start)
+
+
+CANCEL_NEEDS: Mapping[str, Action] = {
+    "create": Action.CREATE,
+    "delete": Action.DELETE,
+    "revert": Action.REVERT,
+}
 """The action that cancelling a job of each operation needs of who has not started it."""
 
 
@@ -190,6 +206,7 @@ METHODS: tuple[Declared, ...] = (
     get_backup_source,
     get_modified_disk,
     delete,
+    revert,
     cancel,
     find_domain,
 )

@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from snapd_vm.engine import choice, create, delete, select
+from snapd_vm.engine import choice, create, delete, revert, select
 from snapd_vm.engine.create import Failed
 from snapd_vm.engine.jobs import Jobs, Running
-from snapd_vm.engine.journal import Step
+from snapd_vm.engine.journal import Operation, Step
 from snapd_vm.engine.keeper import Keeper
 from snapd_vm.engine.locks import DomainLocks
 from snapd_vm.engine.service import Listener
@@ -53,6 +53,11 @@ from snapd_vm.virt.inventory import Inventory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+Begin: TypeAlias = Callable[
+    [World, Snapshot, Sequence[Snapshot], Mapping[str, Domain], int], Operation
+]
+"""Checks a delete or revert of a snapshot, and begins it: see delete.begin for what it is given."""
 
 _NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 _AT_ONCE = 8
@@ -179,9 +184,20 @@ class Engine:
         )
 
     async def delete(self, snapshot_uuid: str, uid: int) -> str:
+        text = "A snapshot of the domain is being deleted; wait for its end."
+        return await self._change("delete", delete.begin, snapshot_uuid, uid, text)
+
+    async def revert(self, snapshot_uuid: str, uid: int) -> str:
+        text = "A disk of the domain is being reverted; wait for its end."
+        return await self._change("revert", revert.begin, snapshot_uuid, uid, text)
+
+    async def _change(
+        self, operation: str, begin: Begin, snapshot_uuid: str, uid: int, busy: str
+    ) -> str:
+        """A delete or revert as a job; `busy` is what other callers are told meanwhile."""
         snapshot = self._shelf.get(snapshot_uuid)
         running = self._jobs.begin(
-            "delete",
+            operation,
             domain_uuid=snapshot.domain_uuid,
             disk=snapshot.target.disk,
             name=snapshot.name,
@@ -190,7 +206,11 @@ class Engine:
             cancelable=True,
         )
         return await self._shielded(
-            self._as_job(running, self._delete(snapshot_uuid, running), lambda _disk: {})
+            self._as_job(
+                running,
+                self._changed(begin, snapshot_uuid, uid, busy, running),
+                lambda _disk: {},
+            )
         )
 
     async def cancel(self, number: int) -> None:
@@ -295,16 +315,20 @@ class Engine:
             names = self._shelf.names(uuid)
             return await world.run(choice.plan, world, uuid, request, names)
 
-    async def _delete(self, snapshot_uuid: str, watch: Running) -> str:
+    async def _changed(
+        self, begin: Begin, snapshot_uuid: str, uid: int, busy: str, watch: Running
+    ) -> str:
         world = self._world
         uuid = self._shelf.get(snapshot_uuid).domain_uuid
         async with self._locks.hold(uuid, world.config.lock_timeout_s):
             self._require_connection()
             snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
-            operation = await world.run(delete.begin, world, snapshot, dict(self.domains))
-            self._locks.block(uuid, "A snapshot of the domain is being deleted; wait for its end.")
+            others = [one for one in self._shelf.of(uuid) if one.uuid != snapshot_uuid]
+            domains = dict(self.domains)
+            operation = await world.run(begin, world, snapshot, others, domains, uid)
+            self._locks.block(uuid, busy)
             try:
-                await self._keeper.delete(operation, watch)
+                await self._keeper.change(operation, watch)
             finally:
                 if not self._keeper.is_open(uuid):
                     self._locks.unblock(uuid)

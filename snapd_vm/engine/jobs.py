@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 
 from snapd_vm.engine.service import Listener
-from snapd_vm.errors import Cancelled, InvalidState
+from snapd_vm.errors import Cancelled, Internal, InvalidState, SnapdError
 from snapd_vm.model import Job, Result
 
 log = logging.getLogger(__name__)
@@ -147,18 +147,26 @@ class Running:
             self._cancelled = True
 
     def end(self, error: BaseException | None, result: Result) -> None:
-        """It is over; the message of an error goes to its caller alone, as it may name a path."""
+        """It is over. The message of an error goes to its caller alone, as it may name a path: all
+        others are told its name, and what errors.py says of all that have this name."""
         self._timer.cancel()
         self.over.set()
         if not self._told:
             return
+        message = ""
         if error is None:
-            done = {"progress": 1.0, "result": dict(result), "done": True, "cancelable": False}
+            done: dict[str, object] = {
+                "progress": 1.0,
+                "result": dict(result),
+                "done": True,
+                "cancelable": False,
+            }
         else:
-            done = {"done": True, "cancelable": False}
+            kind = type(error) if isinstance(error, SnapdError) else Internal
+            message = (kind.__doc__ or "").partition("\n")[0]
+            done = {"result": {"error": kind.dbus_name}, "done": True, "cancelable": False}
         self._change(done)
-        name = getattr(error, "dbus_name", "") if error is not None else ""
-        self._jobs.ended(self._job, error is None, name)
+        self._jobs.ended(self._job, error is None, message)
 
     def _tell(self) -> None:
         self._told = True

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from snapd_vm.errors import Internal, NoSpace
 from snapd_vm.model import Consistency, Flags, Snapshot, SnapshotState, Tag, Target
@@ -38,6 +38,7 @@ class Kind(StrEnum):
 
     CREATE = "create"
     DELETE = "delete"
+    REVERT = "revert"
 
 
 _Row = tuple[str, tuple[str, ...]]
@@ -68,13 +69,29 @@ class DeleteStep(StrEnum):
     ENDED = "delete-ended"  # journalled: its record is gone
 
 
+class RevertStep(StrEnum):
+    """The moments of a Revert, likewise."""
+
+    CHECKED = "revert-checked"
+    BEGUN = "revert-begun"  # journalled: what will be made, and what is discarded
+    PREPARED = "revert-prepared"  # journalled: what was made
+    ARMED = "revert-armed"  # it has its name
+    SWITCHED = "revert-switched"  # the disk is the snapshot's
+    CLEARED = "revert-cleared"  # what it held is gone
+    ENDED = "revert-ended"  # journalled: what the snapshots are now
+
+
+AnyStep: TypeAlias = Step | DeleteStep | RevertStep
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A Create or Delete that was begun.
+    """A Create, Delete or Revert that was begun.
 
     The drafts of a Create are the records of its snapshots as they will be if all goes well; a
-    draft's consistency is the least that it can be. Those of a Delete are what is being deleted.
-    `failed`: the caller of a Create was told so; it is to be undone and not completed.
+    draft's consistency is the least that it can be. Those of a Delete are what is being deleted,
+    that of a Revert what is gone back to. `failed`: the caller of a Create was told so; it is to be
+    undone and not completed. `uid` is who started it.
     """
 
     tag: Tag
@@ -82,6 +99,7 @@ class Operation:
     drafts: tuple[Snapshot, ...]
     failed: bool = False
     kind: Kind = Kind.CREATE
+    uid: int = 0
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -168,7 +186,7 @@ class Journal:
         self._write(rows)
 
     def end(self, operation: Operation, snapshots: Sequence[Snapshot], release: bool) -> None:
-        """Close an operation: its snapshots stand (none: it is undone); `release` what was held."""
+        """Close an operation: these snapshots are as they are here; `release` what was held."""
         rows: list[_Row] = [("DELETE FROM operation WHERE uuid = ?", (operation.tag.uuid,))]
         rows += [_put_snapshot(snapshot) for snapshot in snapshots]
         if release:
@@ -187,8 +205,9 @@ class Journal:
         self._write([("DELETE FROM held WHERE domain = ?", (domain_uuid,))])
 
     def put(self, snapshot: Snapshot) -> None:
-        """Replace a snapshot's record."""
-        self._write([_put_snapshot(snapshot)])
+        """Replace a snapshot's record, if it has one still."""
+        statement = "UPDATE snapshot SET data = ? WHERE uuid = ?"
+        self._write([(statement, (json.dumps(dataclasses.asdict(snapshot)), snapshot.uuid))])
 
     def stopped(self, domain_uuid: str, *, clean: bool) -> None:
         """Remember whether the domain's last stop was a clean one."""
@@ -267,6 +286,7 @@ def _operation(row: dict[str, Any]) -> Operation:
         drafts=tuple(_snapshot(draft) for draft in row["drafts"]),
         failed=row["failed"],
         kind=Kind(row.get("kind", Kind.CREATE)),
+        uid=row.get("uid", 0),
     )
 
 

@@ -12,16 +12,16 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 
-from snapd_vm.engine import delete, recovery
+from snapd_vm.engine import recovery
+from snapd_vm.engine.changes import Changes
 from snapd_vm.engine.create import Failed
 from snapd_vm.engine.jobs import Jobs, Running
 from snapd_vm.engine.journal import Held, Kind, Operation
 from snapd_vm.engine.locks import DomainLocks
 from snapd_vm.engine.shelf import Shelf
 from snapd_vm.engine.world import World
-from snapd_vm.errors import Cancelled, HypervisorUnavailable, SnapdError
+from snapd_vm.errors import HypervisorUnavailable, SnapdError
 from snapd_vm.journald import MessageId, fields
-from snapd_vm.model import SnapshotState, snapshot_path
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Keeper:
     ) -> None:
         self._world = world
         self._shelf = shelf
-        self._jobs = jobs
+        self._changes = Changes(world, shelf, jobs, refreshed)
         self._locks = locks
         self._connected = connected
         self._refreshed = refreshed
@@ -116,10 +116,10 @@ class Keeper:
 
     async def _try_to_settle(self, operation: Operation) -> None:
         try:
-            if operation.kind is Kind.DELETE:
-                done = await self._delete_again(operation)
-            else:
+            if operation.kind is Kind.CREATE:
                 done = await self._settle(operation, keep=not operation.failed)
+            else:
+                done = (await self._changes.again(operation)).open is None
         except Exception:  # one that can't be settled keeps no other from it
             log.exception("operation %s is tried again", operation.tag.uuid)
             return
@@ -190,66 +190,16 @@ class Keeper:
         await self._shelf.look_at_domain(tag.domain_uuid)  # it may have gone meanwhile
         return True
 
-    async def delete(self, operation: Operation, watch: Running) -> None:
-        """Carry out a delete that was begun, and tell of what has changed.
+    async def change(self, operation: Operation, watch: Running) -> None:
+        """Carry out a delete or revert that was begun, and tell of what has changed.
 
-        Raises what the delete raises; the domain stays closed if it is to be gone on with.
+        Raises what it has failed with; the domain stays closed if it is to be gone on with.
         """
-        snapshot = operation.drafts[0]
-        world, others = self._world, self._shelf.of(snapshot.domain_uuid)
-        self._shelf.replace(dataclasses.replace(snapshot, state=SnapshotState.DELETING))
-        try:
-            moved = await world.run(delete.carry_out, world, operation, others, watch)
-        except SnapdError as error:
-            log.error(
-                "delete of snapshot %s of domain %s failed: %s",
-                snapshot.name,
-                snapshot.domain_name,
-                error,
-                extra=fields(MessageId.FAILED, snapshot),
-            )
-            closed = isinstance(error, Cancelled) or await world.run(
-                delete.give_up, world, operation, watch
-            )
-            if closed:
-                self._shelf.put_back(delete.left(snapshot, watch))
-            else:
-                self._leave_open(operation)
-            raise
-        self._shelf.remove(snapshot.uuid)
-        log.info(
-            "deleted snapshot %s of disk %s of domain %s",
-            snapshot.name,
-            snapshot.target.disk,
-            snapshot.domain_name,
-            extra=fields(MessageId.DELETED, snapshot),
-        )
-        for other in moved:
-            self._shelf.replace(other)
-            self._shelf.warn(
-                other, "source-moved", "The source to read has moved; ask for it again."
-            )
-        await self._refreshed(snapshot.domain_uuid)
-
-    async def _delete_again(self, operation: Operation) -> bool:
-        """Take up a delete that was broken off, as a job of root's; whether it is over."""
-        running = self._jobs.begin(
-            "delete",
-            domain_uuid=operation.tag.domain_uuid,
-            disk=operation.drafts[0].target.disk,
-            name=operation.tag.label,
-            objects=(snapshot_path(operation.tag.uuid),),
-            uid=0,
-            cancelable=True,
-        )
-        running.spoil()  # nobody knows how far it had come
-        try:
-            await self.delete(operation, running)
-        except SnapdError as error:
-            running.end(error, {})
-            return self._shelf.get(operation.tag.uuid).state is not SnapshotState.DELETING
-        running.end(None, {})
-        return True
+        outcome = await self._changes.attempt(operation, watch)
+        if outcome.open is not None:
+            self._leave_open(outcome.open)
+        if outcome.error is not None:
+            raise outcome.error
 
     async def _release_if_free(self, held: Held) -> None:
         """Thaw, unless an operation is at work on the domain, which thaws by itself."""

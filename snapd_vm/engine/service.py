@@ -71,6 +71,9 @@ class Service(Protocol):
     async def delete(self, snapshot_uuid: str, uid: int) -> str:
         """Delete a snapshot for the caller with this uid; the `<disk>` now in use, or ''."""
 
+    async def revert(self, snapshot_uuid: str, uid: int) -> str:
+        """Bring a disk back to a snapshot, likewise; the `<disk>` now in use."""
+
     async def cancel(self, number: int) -> None:
         """Ask a job to stop and undo what it has done; returns when it has ended.
 

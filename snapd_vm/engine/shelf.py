@@ -106,7 +106,7 @@ class Shelf:
     async def look(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its State of now; tells of a change, and warns of a bad one."""
         method = self._world.methods.get(snapshot.target.method)
-        if method is None or not self._connected():
+        if method is None or not self._connected() or self._at_work(snapshot):
             return snapshot
         domains = dict(self._domains())
         state = found = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
@@ -115,7 +115,7 @@ class Shelf:
             state = SnapshotState.FAILED
         if current is None or current.target != snapshot.target:  # gone, or moved, meanwhile
             return current or snapshot
-        if state is current.state or current.state in _AT_WORK:
+        if state is current.state or self._at_work(current):
             return current
         new = dataclasses.replace(current, state=state)
         log.warning(
@@ -138,6 +138,14 @@ class Shelf:
                 "what was written since is lost and the snapshot changes.",
             )
         return new
+
+    def _at_work(self, snapshot: Snapshot) -> bool:
+        """Whether what would be seen is not for long: delete and revert change others of the disk
+        too, whose records are right again at their end."""
+        return any(
+            one.state in _AT_WORK and one.target.disk == snapshot.target.disk
+            for one in self.of(snapshot.domain_uuid)
+        )
 
     async def look_at_domain(self, uuid: str) -> None:
         """Look at all snapshots of a domain; what happens to it meanwhile causes one more look.

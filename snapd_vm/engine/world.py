@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
 
 from snapd_vm.config import Config
-from snapd_vm.engine.journal import DeleteStep, Journal, Step
+from snapd_vm.engine.journal import AnyStep, Journal
 from snapd_vm.methods.method import Method
 from snapd_vm.model import Domain
 from snapd_vm.virt.agent import Agent
@@ -44,7 +44,7 @@ class World:
     journal: Journal
     executor: ThreadPoolExecutor
     beside: ThreadPoolExecutor
-    reach: Callable[[Step | DeleteStep], None]
+    reach: Callable[[AnyStep], None]
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a blocking function in a thread. Cancelling the await does not stop the thread."""

@@ -20,7 +20,8 @@ from snapd_vm.errors import (
     NoSuchDomain,
     StorageFailed,
 )
-from snapd_vm.methods import overlay
+from snapd_vm.methods import beside, overlay
+from snapd_vm.methods.folder import remove
 from snapd_vm.methods.layer import Layer
 from snapd_vm.methods.method import Kept, Watch
 from snapd_vm.model import Disk, Domain, Tag
@@ -33,7 +34,7 @@ _ROUNDS = 4
 _MARGIN = 1 << 20
 
 
-class Hypervisor(Protocol):
+class Hypervisor(beside.Hypervisor, Protocol):
     """What is needed of the hypervisor here; blocking, raises SnapdErrors."""
 
     def read(self, uuid: str) -> Domain: ...
@@ -49,8 +50,6 @@ class Hypervisor(Protocol):
     def writes_to(self, uuid: str, overlay: str) -> bool: ...
     def commit_behind(self, uuid: str, overlay: str, origin: str, timeout: float) -> None: ...
     def drop_nodes(self, uuid: str, overlay: str) -> None: ...
-    def user_of(self, path: str, uuid: str, target: str) -> str: ...
-    def qemu_user(self) -> tuple[int, int]: ...
 
 
 class Unwatched:
@@ -77,7 +76,7 @@ def undo(
     `in_order`: QEMU has no node of the overlay that libvirt does not know. `again`: an earlier undo
     may have been cut off.
     """
-    removed = _unlink(hypervisor, layer, layer.draft(tag))
+    removed = remove(hypervisor, os.path.join(os.path.dirname(layer.path), layer.draft(tag)))
     if layer.inode is None:  # killed before it had a name
         return removed
     current = storage.file_id(layer.path)
@@ -87,7 +86,7 @@ def undo(
         log.warning("%s is not the overlay that we made; left alone", layer.path)
         return removed
     _undo(hypervisor, layer, disk, in_order=in_order, again=again)
-    return _unlink(hypervisor, layer, os.path.basename(layer.path)) or removed
+    return remove(hypervisor, layer.path) or removed
 
 
 def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool, again: bool) -> None:
@@ -150,6 +149,9 @@ def _settle_nodes(hypervisor: Hypervisor, layer: Layer, disk: str, *, committed:
 
 def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
     """Refuse a delete that can't be done, or that somebody would suffer from. See Method."""
+    if layer.aside is not None:
+        beside.check_delete(hypervisor, layer, disk)
+        return
     domain = hypervisor.read(layer.domain)
     if in_use(domain, layer, disk) is None:
         raise InvalidState(
@@ -165,7 +167,7 @@ def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
     if job:
         raise Busy(f"{job[:1].upper()}{job[1:]}; wait for its end.")
     for path in (layer.origin, layer.path):
-        user = hypervisor.user_of(path, layer.domain, disk)
+        user = hypervisor.user_of(path, layer.domain, disk, beside.known(layer))
         if user:
             raise Busy(f"An image of disk {disk} is also used by {user}.")
         reader = storage.reader_of(path, layer.domain)
@@ -173,6 +175,7 @@ def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
             raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
     if layer.origin_type == "file":
         _check_space(layer)
+    beside.check(layer)
 
 
 def _check_space(layer: Layer) -> None:
@@ -190,11 +193,19 @@ def delete(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch, bandwi
 
     `bandwidth` is the most that it may write, in bytes a second; 0: as much as it can.
     """
+    if layer.aside is not None:
+        watch.past_return()
+        beside.delete(hypervisor, layer)
+        return
+    if beside.has_any(layer):
+        watch.past_return()
+        beside.detach(layer)
     _commit(hypervisor, layer, disk, watch, bandwidth)
     if own_id(layer) is not None:
+        beside.follow(layer)
         if storage.write_locked(layer.path):
             raise Busy("The overlay is still open for writing; its removal is tried again.")
-        _unlink(hypervisor, layer, os.path.basename(layer.path))
+        remove(hypervisor, layer.path)
 
 
 def own_id(layer: Layer) -> storage.FileId | None:
@@ -308,22 +319,3 @@ def _refuse_if_written(layer: Layer, why: str) -> None:
 def _keep_if_written(layer: Layer, why: str) -> None:
     if overlay.written(layer.path):
         raise Kept(f"The overlay holds data of the guest and is kept, as {why}.")
-
-
-def open_folder(hypervisor: Hypervisor, folder: str) -> contextlib.AbstractContextManager[int]:
-    """A descriptor of a folder in which only root and QEMU's user can write, or a refusal."""
-    uid, gid = hypervisor.qemu_user()
-    return storage.open_folder(folder, {0, uid}, {0, gid})
-
-
-def _unlink(hypervisor: Hypervisor, layer: Layer, name: str) -> bool:
-    try:
-        with open_folder(hypervisor, os.path.dirname(layer.path)) as fd:
-            os.unlink(name, dir_fd=fd)
-            os.fsync(fd)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise StorageFailed(f"{layer.path} can't be removed: {error.strerror}.") from error
-    log.info("removed %s", name)
-    return True

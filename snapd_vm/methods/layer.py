@@ -4,8 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snapd_vm.model import Tag, Target
-from snapd_vm.storage import FileId
+from snapd_vm.model import Json, Tag, Target
+from snapd_vm.storage import FileId, file_id
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A file that we made, and its identity."""
+
+    path: str
+    file: FileId
+
+    @classmethod
+    def of(cls, value: Json) -> Image:
+        """From what `as_json` gave."""
+        if not isinstance(value, list) or len(value) != 3:
+            raise TypeError("an image is not of the form that was written")
+        path, device, inode = value
+        if not isinstance(device, int) or not isinstance(inode, int):
+            raise TypeError("an image has no identity")
+        return cls(str(path), FileId(device, inode))
+
+    def as_json(self) -> Json:
+        """As it goes into the journal."""
+        return [self.path, self.file.device, self.file.inode]
+
+    def there(self) -> bool:
+        """Whether the path still stands for it: a device's number may be another after a reboot."""
+        found = file_id(self.path)
+        return found is not None and found.inode == self.file.inode
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +40,10 @@ class Layer:
     """A Target's data. `path` is the overlay, `inode` its identity once it was made.
 
     `instance` is libvirt's number of the domain's run at that time, -1 if it was off; `persistent`
-    says that the definition named the same origin. `disk` is its `<target dev>`.
+    says that the definition named the same origin. `disk` is its `<target dev>`. `aside` is the
+    origin's identity where a revert has left the snapshot beside the disk's chain: it has no
+    overlay then; `foreign` if we did not make that file. `beside` are the origins of other such
+    snapshots of the disk, as far as they were asked for (see Reverts.among).
     """
 
     disk: str
@@ -25,6 +55,9 @@ class Layer:
     persistent: bool
     path: str
     inode: FileId | None
+    aside: FileId | None
+    foreign: bool
+    beside: tuple[Image, ...]
 
     @classmethod
     def of(cls, target: Target) -> Layer:
@@ -41,6 +74,9 @@ class Layer:
             persistent=bool(data["persistent"]),
             path=str(data["overlay"]),
             inode=FileId(device, inode) if known else None,  # type: ignore[arg-type]
+            aside=Image.of(data["aside"]).file if data.get("aside") else None,
+            foreign=bool(data.get("foreign")),
+            beside=images(data.get("beside")),
         )
 
     def draft(self, tag: Tag) -> str:
@@ -49,3 +85,8 @@ class Layer:
         `tag` is the operation's, which may take several disks.
         """
         return f".{tag.storage_name}.{self.disk}.new"
+
+
+def images(value: Json) -> tuple[Image, ...]:
+    """The images of a list of them; none for what is no list."""
+    return tuple(Image.of(one) for one in value) if isinstance(value, list) else ()

@@ -133,3 +133,45 @@ class Warns(Protocol):
         Asked every half minute; a caller is told of a code when it appears. The sentences go to
         everybody, so they name no path. `domains` are all that there are, by UUID.
         """
+
+
+@runtime_checkable
+class Reverts(Protocol):
+    """A method that can also bring a disk back to a snapshot of its own, the domain being off.
+
+    What is done, in order: `check_revert`; its answer goes into the journal; `prepare_revert`;
+    `revert`; `settle_revert`. The last is also the way back, after an error and after a daemon was
+    killed at any moment: a disk is reverted or it is as it was.
+    """
+
+    def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
+        """Everything for which a revert can be refused, without a change; `others` are the Targets
+        of the disk's other snapshots, of all methods.
+
+        The Target that it returns says all that the rest has to know.
+        """
+
+    def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
+        """Make what can be made before the disk changes; returns the Target with what it knows.
+
+        Calls `record` once with that, before anything has a name that others could take as theirs.
+        """
+
+    def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """Let the disk be the snapshot's; what it held until now is kept by the storage still.
+
+        Raises InvalidState if the domain was started meanwhile, and Cancelled if `watch` says so.
+        """
+
+    def settle_revert(self, target: Target, tag: Tag) -> bool:
+        """True: the disk is reverted, and what it held is removed. False: it is as it was, and
+        what was prepared is removed. It may be called again, whatever has happened in between.
+        """
+
+    def reverted(self, target: Target, other: Target) -> Target | None:
+        """What the Target of the snapshot itself, or of another of its disk, is after the revert;
+        None: what it was.
+        """
+
+    def among(self, target: Target, others: Sequence[Target]) -> Target:
+        """The Target with what a delete has to know of the domain's other snapshots."""

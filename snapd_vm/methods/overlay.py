@@ -10,9 +10,10 @@ import json
 import os
 
 from snapd_vm import command, qcow2
-from snapd_vm.errors import NameInUse, NoSpace, StorageFailed
+from snapd_vm.errors import InvalidName, NameInUse, NoSpace, StorageFailed
 from snapd_vm.storage import FileId
 
+_LONGEST_NAME = 255  # NAME_MAX of Linux's file systems
 _COPIED_LABELS = ("security.selinux",)
 
 
@@ -76,6 +77,16 @@ def give_name(folder: int, draft: str, name: str) -> None:
         raise NameInUse(f"There is a file {name} already; choose another name.") from None
     except OSError as error:
         raise _storage_error(name, error) from error
+
+
+def fit(path: str) -> str:
+    """The path, if a file can be called so. Raises InvalidName."""
+    if len(os.fsencode(os.path.basename(path))) > _LONGEST_NAME:
+        raise InvalidName(
+            f"The overlay's file name would be longer than {_LONGEST_NAME} bytes; choose a shorter "
+            "name."
+        )
+    return path
 
 
 def identity(folder: int, name: str) -> FileId | None:

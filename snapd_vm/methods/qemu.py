@@ -17,7 +17,6 @@ from snapd_vm import qcow2, storage
 from snapd_vm.errors import (
     Busy,
     HypervisorUnavailable,
-    InvalidName,
     InvalidState,
     MethodNotSupported,
     NameInUse,
@@ -25,7 +24,8 @@ from snapd_vm.errors import (
     NoSuchDomain,
     StorageFailed,
 )
-from snapd_vm.methods import commit, overlay
+from snapd_vm.methods import beside, commit, overlay, revert
+from snapd_vm.methods.folder import open_folder
 from snapd_vm.methods.layer import Layer
 from snapd_vm.methods.method import Record, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
@@ -37,13 +37,9 @@ _RESERVE = 1 << 20
 the guest at its next write."""
 
 
-_LONGEST_NAME = 255  # NAME_MAX of Linux's file systems
-
-
-class Hypervisor(commit.Hypervisor, Protocol):
+class Hypervisor(revert.Hypervisor, Protocol):
     """What the method needs of the hypervisor; blocking, raises SnapdErrors."""
 
-    def checkpoints(self, uuid: str) -> bool: ...
     def switch(
         self, uuid: str, overlays: Mapping[str, tuple[str, str]], others: Sequence[str]
     ) -> None: ...
@@ -114,7 +110,7 @@ class Qemu:
                 "origin_type": disk.type,
                 "origin_format": disk.format,
                 "persistent": follows or not domain.active,
-                "overlay": _fit(self._overlay_path(disk, request, tag)),
+                "overlay": overlay.fit(self._overlay_path(disk, request, tag)),
                 "chain": 1 + len(disk.chain),
                 "others": [d.target for d in domain.disks if d.target != disk.target],
             },
@@ -172,7 +168,7 @@ class Qemu:
             if user:
                 raise Busy(f"The image of disk {target.disk} is also used by {user}.")
             folder = os.path.dirname(found.path)
-            with commit.open_folder(self._hypervisor, folder) as fd:
+            with open_folder(self._hypervisor, folder) as fd:
                 if overlay.exists(fd, os.path.basename(found.path)):
                     raise NameInUse(
                         f"There is a file {found.path} already; choose another name or overlay."
@@ -214,7 +210,7 @@ class Qemu:
         prepared = []
         for target in targets:
             found = Layer.of(target)
-            with commit.open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
+            with open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
                 inode = overlay.make(
                     fd, found.draft(tag), found.origin, found.origin_format, target.size
                 )
@@ -228,7 +224,7 @@ class Qemu:
         self._in_order |= {(tag.uuid, target.disk) for target in prepared}
         for target in prepared:
             found = Layer.of(target)
-            with commit.open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
+            with open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
                 overlay.give_name(fd, found.draft(tag), os.path.basename(found.path))
         return prepared
 
@@ -257,6 +253,8 @@ class Qemu:
         libvirtd dies in between, the definition is mended here.
         """
         found = Layer.of(target)
+        if found.aside is not None:
+            return beside.own(found)
         try:
             domain = domain or self._hypervisor.read(found.domain)
         except NoSuchDomain:
@@ -299,16 +297,47 @@ class Qemu:
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
         """The other's source was the overlay that has gone into the deleted one's source."""
+        if (other.method, other.disk) != (deleted.method, deleted.disk):
+            return None
         gone = Layer.of(deleted)
-        if Layer.of(other).origin != gone.path or other.disk != deleted.disk:
+        if gone.aside is not None:  # what lay on it lies on what was below
+            return None
+        if Layer.of(other).origin != gone.path:
             return None
         place: dict[str, Json] = {
             name: deleted.data[name] for name in ("origin", "origin_type", "origin_format")
         }
         return dataclasses.replace(other, data={**other.data, **place})
 
+    def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
+        """See Reverts and revert.check."""
+        return revert.check(self._hypervisor, target, tag, others)
+
+    def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
+        """See Reverts and revert.prepare."""
+        return revert.prepare(self._hypervisor, target, tag, record)
+
+    def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """See Reverts and revert.switch."""
+        revert.switch(self._hypervisor, target, watch)
+
+    def settle_revert(self, target: Target, tag: Tag) -> bool:
+        """See Reverts and revert.settle."""
+        return revert.settle(self._hypervisor, target, tag)
+
+    def reverted(self, target: Target, other: Target) -> Target | None:
+        """See Reverts and revert.reverted."""
+        return revert.reverted(target, other)
+
+    def among(self, target: Target, others: Sequence[Target]) -> Target:
+        """See Reverts and revert.among."""
+        return revert.among(target, others)
+
     def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
-        """See Method: the origin is there, below the disk, and no definition's own image."""
+        """See Method: the origin is there, below the disk, and no definition's own image.
+
+        One that a revert has left beside the disk's chain is as good: it can be gone back to.
+        """
         found = Layer.of(target)
         origin = storage.file_id(found.origin)
         if origin is None:
@@ -321,6 +350,8 @@ class Qemu:
         taken = own.disk(target.disk) if own is not None else None
         if taken is None:
             return "detached"
+        if found.aside is not None:
+            return "ready" if beside.own(found) else "missing"
         if found.origin in taken.chain:  # a live domain's; of one that is off, libvirt tells none
             return "ready"
         read = storage.backing_chain(taken.path) if taken.format != "raw" else ()
@@ -342,15 +373,6 @@ class Qemu:
             f"{storage.space_available(folder)} bytes left, and the guest stops when there are "
             "none; make room, or delete snapshots."
         }
-
-
-def _fit(path: str) -> str:
-    if len(os.fsencode(os.path.basename(path))) > _LONGEST_NAME:
-        raise InvalidName(
-            f"The overlay's file name would be longer than {_LONGEST_NAME} bytes; choose a shorter "
-            "name."
-        )
-    return path
 
 
 def _chain(target: Target) -> int:

@@ -104,7 +104,7 @@ class Hypervisor:
         """Close an overlay that QEMU has open, unused and unknown to libvirt."""
         mend.Monitor(self._pool, uuid).drop_nodes(overlay)
 
-    def user_of(self, path: str, uuid: str, target: str) -> str:
+    def user_of(self, path: str, uuid: str, target: str, known: Sequence[str] = ()) -> str:
         """Who else has the image in its chain, in words; '' for nobody (see users.py).
 
         Every definition is read anew: libvirt sends no event for a change to one that is not live
@@ -112,7 +112,7 @@ class Hypervisor:
         """
         with self._pool.connection() as connection:
             domains = _definitions(connection)
-        return users.user_of(path, uuid, target, domains, self.pool_folders())
+        return users.user_of(path, uuid, target, domains, self.pool_folders(), known)
 
     def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent:
         """The domain's guest agent, for one operation: by way of libvirt, or by its own socket."""

@@ -17,9 +17,16 @@ _MOST_IMAGES = 4096
 
 
 def user_of(
-    path: str, uuid: str, target: str, domains: Sequence[Domain], folders: Sequence[str]
+    path: str,
+    uuid: str,
+    target: str,
+    domains: Sequence[Domain],
+    folders: Sequence[str],
+    known: Sequence[str] = (),
 ) -> str:
     """Who has the image at `path` in its chain besides disk `target` of domain `uuid`; '' : nobody.
+
+    Images of `known` that no domain uses don't count.
 
     Looks at the definitions of all `domains`, live and persistent, and at the images in the same
     folder and in `folders`. An image in some domain's chain is read as what it is declared to be
@@ -36,6 +43,7 @@ def user_of(
             if wanted in images and not own:
                 return f"disk {disk.target} of domain {domain.name}"
             declared.update(images)
+    declared |= _identities(known)
     beside = [os.path.dirname(path), os.path.dirname(os.path.realpath(path))]
     for image in _images([*beside, *folders]):
         found = storage.file_id(image)

@@ -148,6 +148,11 @@ class FakeEngine:
         await self._do("delete", snapshot_uuid)
         return "<disk now='base'/>"
 
+    async def revert(self, snapshot_uuid: str, uid: int) -> str:
+        self.uids.append(uid)
+        await self._do("revert", snapshot_uuid)
+        return "<disk now='overlay'/>"
+
     async def cancel(self, number: int) -> None:
         await self._do("cancel", number)
         if not self.jobs[number].cancelable:

@@ -118,9 +118,14 @@ def test_the_actions_are_those_of_the_design() -> None:
         ("Snapshot", "GetBackupSource"): Action.READ,
         ("Snapshot", "GetModifiedDisk"): Action.READ,
         ("Snapshot", "Delete"): Action.DELETE,
+        ("Snapshot", "Revert"): Action.REVERT,
     }
     assert [m for m in METHODS if isinstance(m, Owned)] == [objects.cancel]
-    for operation, action in (("create", Action.CREATE), ("delete", Action.DELETE)):
+    for operation, action in (
+        ("create", Action.CREATE),
+        ("delete", Action.DELETE),
+        ("revert", Action.REVERT),
+    ):
         job = make_job(operation=operation, uid=7)
         assert objects.cancel.ownership(job) == Ownership(7, action)
     assert [m for m in METHODS if isinstance(m, Open)] == [objects.find_domain]

@@ -1,4 +1,4 @@
-"""Delete, and jobs: who may start and cancel them, what they say, and what is signalled."""
+"""Delete, Revert, and jobs: who may start and cancel them, what they say, and what is signalled."""
 
 from __future__ import annotations
 
@@ -67,31 +67,36 @@ def asked(served: DiskSnapshotBus, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return members
 
 
-async def test_delete_asks_polkit_and_answers_the_disk(
-    client: Client, engine: FakeEngine, polkit: StandInPolkit
+@pytest.mark.parametrize(
+    ("member", "now"), [("Delete", "<disk now='base'/>"), ("Revert", "<disk now='overlay'/>")]
+)
+async def test_delete_and_revert_ask_polkit_and_answer_the_disk(
+    client: Client, engine: FakeEngine, polkit: StandInPolkit, member: str, now: str
 ) -> None:
-    answer = await client.call(SNAPSHOT, "Delete", "u", [0], path=PATH)
-    assert (answer.signature, answer.body) == ("s", ["<disk now='base'/>"])
-    assert engine.calls == [("delete", make_snapshot().uuid)]
+    answer = await client.call(SNAPSHOT, member, "u", [0], path=PATH)
+    assert (answer.signature, answer.body) == ("s", [now])
+    assert engine.calls == [(member.lower(), make_snapshot().uuid)]
     (question,) = polkit.questions
-    assert (question.action, question.details) == (ACTION + "delete", DETAILS)
+    assert (question.action, question.details) == (ACTION + member.lower(), DETAILS)
 
 
+@pytest.mark.parametrize("member", ["Delete", "Revert"])
 @pytest.mark.parametrize("refusal", [NO, CHALLENGE])
-async def test_delete_without_the_right_deletes_nothing(
-    client: Client, engine: FakeEngine, polkit: StandInPolkit, refusal: Any
+async def test_without_the_right_nothing_is_deleted_or_reverted(
+    client: Client, engine: FakeEngine, polkit: StandInPolkit, refusal: Any, member: str
 ) -> None:
-    polkit.by_action = {ACTION + "delete": refusal}
-    answer = await client.call(SNAPSHOT, "Delete", "u", [0], path=PATH)
+    polkit.by_action = {ACTION + member.lower(): refusal}
+    answer = await client.call(SNAPSHOT, member, "u", [0], path=PATH)
     assert answer.error_name.startswith(ERROR + "NotAuthorized")
     assert engine.calls == []
 
 
+@pytest.mark.parametrize("member", ["Delete", "Revert"])
 @pytest.mark.parametrize("flags", [1, 4, 1 << 31])
-async def test_delete_has_no_flags(
-    client: Client, engine: FakeEngine, polkit: StandInPolkit, flags: int
+async def test_delete_and_revert_have_no_flags(
+    client: Client, engine: FakeEngine, polkit: StandInPolkit, flags: int, member: str
 ) -> None:
-    answer = await client.call(SNAPSHOT, "Delete", "u", [flags], path=PATH)
+    answer = await client.call(SNAPSHOT, member, "u", [flags], path=PATH)
     assert answer.error_name == STANDARD + "InvalidArgs"
     assert (polkit.questions, engine.calls) == ([], [])
 
@@ -110,11 +115,12 @@ async def test_delete_of_what_is_gone(client: Client, engine: FakeEngine) -> Non
 
 
 async def test_who_starts_a_job_is_told_to_the_engine(client: Client, engine: FakeEngine) -> None:
-    await client.call(SNAPSHOT, "Delete", "u", [0], path=PATH)
+    for member in ("Delete", "Revert"):
+        await client.call(SNAPSHOT, member, "u", [0], path=PATH)
     for path, xml in CREATES:
         await client.call(DISK_SNAPSHOT, "Create", "sssu", [xml, "", "", 0], path)
-    assert [what for what, _ in engine.calls] == ["delete", "create", "create"]
-    assert engine.uids == [os.getuid()] * 3
+    assert [what for what, _ in engine.calls] == ["delete", "revert", "create", "create"]
+    assert engine.uids == [os.getuid()] * 4
 
 
 async def test_the_bus_is_asked_who_starts_a_job_while_polkit_thinks(
@@ -170,7 +176,7 @@ async def test_who_has_started_a_job_may_cancel_it(
     assert polkit.questions == []
 
 
-@pytest.mark.parametrize("operation", ["create", "delete"])
+@pytest.mark.parametrize("operation", ["create", "delete", "revert"])
 async def test_another_needs_the_action_of_what_the_job_does(
     client: Client, engine: FakeEngine, polkit: StandInPolkit, operation: str
 ) -> None:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from snapd_vm import config, daemon, journald
-from snapd_vm.engine.journal import DeleteStep, Journal, Step
+from snapd_vm.engine.journal import AnyStep, DeleteStep, Journal, RevertStep, Step
 from snapd_vm.errors import StorageFailed
 
 
@@ -31,7 +31,7 @@ class Fault:
         self._do = do.removeprefix("raise-")
         self._done = False
 
-    def __call__(self, step: Step | DeleteStep) -> None:
+    def __call__(self, step: AnyStep) -> None:
         if step != self._step or self._done:
             return
         self._done = True
@@ -57,7 +57,7 @@ class Fault:
 def main() -> int:
     """Run it; the daemon's exit status."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--at", choices=[*Step, *DeleteStep], required=True)
+    parser.add_argument("--at", choices=[*Step, *DeleteStep, *RevertStep], required=True)
     parser.add_argument("--do", required=True)
     parser.add_argument("--config", type=Path, required=True)
     asked = parser.parse_args()

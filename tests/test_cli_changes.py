@@ -1,4 +1,4 @@
-"""`snapd-vm delete`, and the jobs that it and `create` show, on a service that answers as told."""
+"""`snapd-vm delete` and `revert`, and the jobs they show, on a service that answers as told."""
 
 from __future__ import annotations
 
@@ -109,6 +109,37 @@ def test_delete_in_json_has_an_answer_for_each(bus: str, service: FakeService) -
     assert json.loads(done(snapd_vm(bus, "delete", "--json", NIGHTLY)))[0]["state"] == "deleted"
 
 
+def test_revert_to_one(bus: str, service: FakeService) -> None:
+    assert done(snapd_vm(bus, "revert", NIGHTLY)) == f"reverted to {NIGHTLY}\n"
+    assert (service.last("Revert").path, service.last("Revert").body) == (SNAPSHOT, [0])
+    assert service.asked_with("Revert") & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+    answer = json.loads(done(snapd_vm(bus, "revert", "--json", NIGHTLY)))
+    assert answer == {"snapshot": SNAPSHOT, "state": "reverted", "modified_disk": MODIFIED}
+    assert deleted(service) == []
+
+
+def test_a_revert_that_fails(bus: str, service: FakeService) -> None:
+    service.fail["Revert"] = (ERROR + "InvalidState", "The domain is running; shut it down first.")
+    assert f"{NIGHTLY}: The domain is running" in failed(snapd_vm(bus, "revert", NIGHTLY))
+    result = snapd_vm(bus, "revert", "--json", NIGHTLY)
+    assert json.loads(result.stdout)["error"] == ERROR + "InvalidState"
+    assert "'web' is no snapshot" in failed(snapd_vm(bus, "revert", "web"), 2)
+
+
+def test_a_revert_is_not_waited_for_or_cancelled(bus: str, service: FakeService) -> None:
+    service.working.add("Revert")
+    shown = done(snapd_vm(bus, "revert", "--no-wait", NIGHTLY))
+    assert shown == f"reverting to {NIGHTLY}: see {JOB}\n"
+    service.under_way.clear()
+    process = start(bus, "revert", NIGHTLY)
+    until(lambda: service.under_way)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    result = ended(process)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert service.last("Cancel").path == JOB
+
+
 @pytest.mark.parametrize("said", ["web", "web/vda", "/web/vda/x", DOMAIN, f"{SNAPSHOT}/x", "a//b"])
 def test_what_can_be_no_snapshot_is_a_usage_error(said: str) -> None:
     result = snapd_vm("unix:path=/nowhere", "delete", NIGHTLY, said)
@@ -215,6 +246,7 @@ def test_nobody_elses_signals_are_believed(bus: str, service: FakeService) -> No
     ("member", "words", "label"),
     [
         ("Delete", ["delete", NIGHTLY], f"deleting {NIGHTLY}"),
+        ("Revert", ["revert", NIGHTLY], f"reverting to {NIGHTLY}"),
         ("Create", ["create", "web", "vda"], "taking a snapshot of web"),
     ],
 )

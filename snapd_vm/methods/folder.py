@@ -1,0 +1,39 @@
+"""The folders that overlays lie in: entered only where none but root and QEMU's user can write."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Protocol
+
+from snapd_vm import storage
+from snapd_vm.errors import StorageFailed
+
+log = logging.getLogger(__name__)
+
+
+class Hypervisor(Protocol):
+    """What is needed of the hypervisor here."""
+
+    def qemu_user(self) -> tuple[int, int]: ...
+
+
+def open_folder(hypervisor: Hypervisor, folder: str) -> contextlib.AbstractContextManager[int]:
+    """A descriptor of a folder in which only root and QEMU's user can write, or a refusal."""
+    uid, gid = hypervisor.qemu_user()
+    return storage.open_folder(folder, {0, uid}, {0, gid})
+
+
+def remove(hypervisor: Hypervisor, path: str) -> bool:
+    """Unlink a file of ours, durably; False: it is not there. Raises StorageFailed."""
+    try:
+        with open_folder(hypervisor, os.path.dirname(path)) as fd:
+            os.unlink(os.path.basename(path), dir_fd=fd)
+            os.fsync(fd)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageFailed(f"{path} can't be removed: {error.strerror}.") from error
+    log.info("removed %s", os.path.basename(path))
+    return True

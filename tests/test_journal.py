@@ -1,0 +1,46 @@
+"""The journal's rows: what was written is read again, by a newer daemon too."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+from snapd_vm.engine.journal import Journal, Kind, Operation
+from snapd_vm.model import Flags, SnapshotState, Tag
+from tests.bus.fakes import make_snapshot
+
+
+def revert() -> Operation:
+    snapshot = make_snapshot()
+    tag = Tag(snapshot.uuid, snapshot.name, snapshot.domain_uuid, snapshot.domain_name, 1)
+    return Operation(tag, Flags(0), (snapshot,), kind=Kind.REVERT, uid=4242)
+
+
+def test_an_operation_is_read_as_it_was_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(revert())
+    assert journal.operations() == [revert()]
+    journal.close()
+
+
+def test_an_operation_of_a_daemon_that_did_not_know_whose_it_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(revert())
+    with sqlite3.connect(tmp_path / "journal.sqlite3") as db:
+        row = json.loads(db.execute("SELECT data FROM operation").fetchone()[0])
+        del row["uid"]
+        db.execute("UPDATE operation SET data = ?", (json.dumps(row),))
+    assert journal.operations() == [replace(revert(), uid=0)]
+    journal.close()
+
+
+def test_a_snapshot_that_is_gone_is_not_written_down_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    there, gone = make_snapshot(1), make_snapshot(2)
+    journal.end(revert(), [there], release=False)
+    for snapshot in (there, gone):
+        journal.put(replace(snapshot, state=SnapshotState.MISSING))
+    assert journal.snapshots() == [replace(there, state=SnapshotState.MISSING)]
+    journal.close()
