@@ -16,7 +16,7 @@ from lxml import etree
 
 from snapd_vm import __version__
 from tests.fake_service import FakeService
-from tests.lab import Guest, Lab
+from tests.lab import DiskSpec, Guest, Lab
 
 ROOT = Path(__file__).parent.parent
 NAME = "org.example.DiskSnapshot"
@@ -225,7 +225,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Gues
     make("install", folder, INSTALL_PYTHON=sys.executable)
     unit, command = (folder / path for path in (UNIT, "usr/bin/snapd-vm"))
     with Lab() as lab:
-        guest = lab.guest(name="web")
+        cloning = lab.block.mounted("xfs")
+        guest = lab.guest([DiskSpec(), DiskSpec(format="raw", folder=cloning.path)], name="web")
         lab.daemon.start(argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
         yield lab, guest, command
         lab.daemon.stop()
@@ -290,6 +291,21 @@ def test_confined_as_the_unit_says_the_daemon_sees_who_reads_a_snapshot(
     assert f"(process {reader.pid})" in refused.stderr
     done = lab.as_user(None, delete)
     assert done.returncode == 0, done.stderr
+
+
+def test_confined_it_clones_too(served: tuple[Lab, Guest, Path]) -> None:
+    lab, guest, command = served
+    image = guest.disk("vdb").path
+    options = ("--name", "clone", "--quiesce-required", "--json")
+    made = lab.as_user(None, [command, "create", guest.name, "vdb", *options])
+    assert made.returncode == 0, made.stderr + lab.daemon.log
+    assert json.loads(made.stdout)["method"] == "reflink"
+    (clone,) = image.parent.glob("snapd-vm-*")
+    assert "i" in run("lsattr", clone).split()[0]
+    assert clone.stat().st_uid == image.stat().st_uid
+    gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdb/clone"])
+    assert gone.returncode == 0, gone.stderr + lab.daemon.log
+    assert not clone.exists()
 
 
 def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:

@@ -29,7 +29,7 @@ from tests.lab.program import run
 from tests.real.api import DOMAIN, NAME, SNAPSHOT, VDA, Api, Created
 from tests.real.conftest import Connect
 from tests.real.places import CONFIG, Places, image, refused, unchanged, with_image
-from tests.real.test_crash import FAULTY, faulty
+from tests.real.test_crash import FAULTY, faulty, unnamed
 from tests.real.test_whose_file import forge
 
 __all__ = ["faulty"]
@@ -343,6 +343,32 @@ async def test_a_full_file_system(api: Api, lab: Lab, places: Places) -> None:
         made.fill(leave=300 << 10)
         error = await unchanged(api, guest, "NoSpace", method_xml=REFLINK)
         assert "bytes left" in error.text
+        made.drain()
+        await delete(api, await api.create(guest))
+    finally:
+        made.unmount()
+
+
+async def test_the_room_ends_in_the_middle_of_the_clone(
+    daemon: Lab, api: Api, lab: Lab, places: Places
+) -> None:
+    """The map of an image in very many pieces is larger than what is left."""
+    made = lab.block.mounted("xfs", 800)
+    try:
+        path = raw(made.path, size=800 * MIB)
+        block = bytes(4096)
+        with path.open("r+b") as file:
+            for number in range(100_000):
+                os.pwrite(file.fileno(), block, number * 8192)
+            os.fsync(file.fileno())
+        guest = await guest_on(api, places, path)
+        made.fill(leave=1200 << 10)
+        before = os.listdir(path.parent)
+        error = await refused(api.create(guest, method_xml=REFLINK), "NoSpace")
+        assert "clone" in error.text
+        assert os.listdir(path.parent) == before
+        assert not unnamed(daemon.daemon)
+        assert not await api.snapshots_of(guest)
         made.drain()
         await delete(api, await api.create(guest))
     finally:
