@@ -134,13 +134,12 @@ async def test_other_formats_are_left_to_qemu(api: Api, places: Places, cloning:
     assert "qcow2" in error.text
 
 
+@pytest.mark.parametrize("cloning", ["btrfs"], indirect=True)
 @pytest.mark.parametrize("on", ["image", "folder"])
 async def test_btrfs_without_checksums(
     api: Api, places: Places, cloning: Mounted, tmp_path: Path, on: str
 ) -> None:
     """libvirt itself makes the folders of its pools so (chattr +C)."""
-    if cloning.path.suffix != ".btrfs":
-        pytest.skip("btrfs only")
     folder = cloning.path / uuids.uuid4().hex
     folder.mkdir()
     path = folder / "disk.raw"
