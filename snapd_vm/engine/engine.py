@@ -31,6 +31,7 @@ from snapd_vm.errors import (
     NoSuchDomain,
     SnapdError,
     StorageFailed,
+    TimedOut,
 )
 from snapd_vm.journald import MessageId, fields
 from snapd_vm.model import (
@@ -63,6 +64,10 @@ _NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 _AT_ONCE = 8
 """Creates at work at the same time; others wait. libvirtd serves 20 calls at a time in all, and
 each hung agent holds one of them for as long as its timeout."""
+_REST_S = 30.0
+"""For libvirt, QEMU and the storage before a freeze: libvirt itself waits without limit for a QEMU
+that hangs."""
+_HANGS = "libvirt, QEMU or the storage do not answer; look at 'virsh domstate' and the host's log."
 _PLANS_AT_ONCE = 4
 """Plans likewise; apart from Creates, so that they hold up none."""
 
@@ -76,6 +81,7 @@ class Engine:
         self._inventory: Inventory | None = None
         self._resumed: set[str] = set()
         self._locks = DomainLocks()
+        self._reads = DomainLocks()
         self._shelf = Shelf(world, lambda: self.domains, lambda: self.connected)
         self._jobs = Jobs()
         self._keeper = Keeper(
@@ -179,9 +185,16 @@ class Engine:
             uid=uid,
             cancelable=True,
         )
-        return await self._shielded(
-            self._as_job(running, self._create(uuid, pinned, running), _created)
-        )
+        task = self._start(self._as_job(running, self._create(uuid, pinned, running), _created))
+        await asyncio.wait([task], timeout=self._patience)
+        if not task.done() and not running.give_up():
+            config = self._world.config
+            more = config.freeze_timeout_s + config.frozen_limit_s + _REST_S
+            await asyncio.wait([task], timeout=more)
+            running.give_up(past_return=True)
+        if not task.done():
+            raise TimedOut(f"{_HANGS} What was begun is undone when they do.")
+        return await asyncio.shield(task)
 
     async def delete(self, snapshot_uuid: str, uid: int) -> str:
         text = "A snapshot of the domain is being deleted; wait for its end."
@@ -218,11 +231,11 @@ class Engine:
 
     async def plan(self, found: Found, request: Request) -> Plan:
         uuid = _domain_of(found)
-        return await self._shielded(self._plan(uuid, _pinned(found, request)))
+        return await self._patiently(self._plan(uuid, _pinned(found, request)))
 
     async def disks(self, domain_uuid: str) -> Sequence[DiskReport]:
         self._require_connection()
-        return await self._world.run(self._disk_reports, domain_uuid)
+        return await self._patiently(self._disks(domain_uuid))
 
     async def backup_source(self, snapshot_uuid: str) -> str:
         snapshot = self._shelf.get(snapshot_uuid)
@@ -281,6 +294,10 @@ class Engine:
             held = taken.holding if taken.held else None
             if held is not None:
                 self._keeper.hold(held)
+            if watch.cancelled:  # nobody waits for it any more
+                error = TimedOut("It took so long that its caller was told it had failed.")
+                await self._keeper.undo(Failed(error, operation, held))
+                raise error
             # What an earlier freeze, which may come late, has left in the journal stays there.
             release = taken.holding is not None and not self._keeper.holds(uuid)
             try:
@@ -314,6 +331,11 @@ class Engine:
             self._require_connection()
             names = self._shelf.names(uuid)
             return await world.run(choice.plan, world, uuid, request, names)
+
+    async def _disks(self, uuid: str) -> Sequence[DiskReport]:
+        """One at a time for each domain, so that a QEMU that hangs takes one thread of ours."""
+        async with self._reads.hold(uuid, self._patience):
+            return await self._world.run(self._disk_reports, uuid)
 
     async def _changed(
         self, begin: Begin, snapshot_uuid: str, uid: int, busy: str, watch: Running
@@ -448,6 +470,10 @@ class Engine:
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
         """Run an operation to its end, whatever becomes of the caller's task."""
+        return await asyncio.shield(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin an operation, which nobody's leaving ends. Raises Cancelled if none may begin."""
         if self._closing:
             work.close()
             raise Cancelled("The daemon is stopping; try again when it is back.")
@@ -455,7 +481,21 @@ class Engine:
         self._work.add(task)
         task.add_done_callback(self._work.discard)
         task.add_done_callback(_consume)
+        return task
+
+    async def _patiently(self, work: Coroutine[Any, Any, T]) -> T:
+        """The outcome of what changes nothing. Raises TimedOut."""
+        task = self._start(work)
+        await asyncio.wait([task], timeout=self._patience)
+        if not task.done():
+            raise TimedOut(_HANGS)
         return await asyncio.shield(task)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a caller waits for what can be undone: its turn, the agent, and the rest."""
+        config = self._world.config
+        return 2 * config.lock_timeout_s + config.agent_timeout_s + _REST_S
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -146,6 +146,17 @@ class Running:
                 raise InvalidState("The job can't be cancelled any more; wait for its end.")
             self._cancelled = True
 
+    def give_up(self, *, past_return: bool = False) -> bool:
+        """Its caller is told that it has failed, so it is to be undone; whether it can be.
+
+        `past_return`: also where it can't be cancelled any more, but has not ended.
+        """
+        with self._lock:
+            if self.over.is_set() or not (self._returnable or past_return):
+                return False
+            self._cancelled = True
+            return True
+
     def end(self, error: BaseException | None, result: Result) -> None:
         """It is over. The message of an error goes to its caller alone, as it may name a path: all
         others are told its name, and what errors.py says of all that have this name."""

@@ -20,7 +20,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real import images
-from tests.real.api import MANAGER, QUIESCE_REQUIRED, Api, ApiError, Created
+from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, Api, ApiError
 from tests.real.conftest import Connect
 from tests.real.places import INACTIVE, Places, file_of, refused
 from tests.real.test_crash import FAULTY, active_file, faulty, files_of
@@ -67,7 +67,7 @@ def on_root(guest: Guest) -> str:
     return f"<domain>{uuid}<devices><disk><target dev='vda'/></disk></devices></domain>"
 
 
-async def outcome(call: Awaitable[Created]) -> Created | ApiError:
+async def outcome(call: Awaitable[Any]) -> Any:
     """What the call ends with, whichever it is."""
     try:
         return await call
@@ -285,3 +285,28 @@ async def test_what_is_not_settled_keeps_its_domain_busy_and_no_other(
     own.writes_go_on(60)
     assert not await api.snapshots_of(own)
     assert files_of(own) == files
+
+
+async def test_a_qemu_that_hangs_keeps_no_caller_waiting_for_ever(
+    connect: Connect, away: Lab, own: Guest, guest: Guest
+) -> None:
+    files, file_before = files_of(own), active_file(own)
+    """libvirt's call for the switch waits for as long as QEMU hangs."""
+    limits = ("lock_timeout_s", "agent_timeout_s", "freeze_timeout_s", "frozen_limit_s")
+    away.daemon.start(dict.fromkeys(limits, 1), argv=None)
+    api = await connect()
+    pid = qemu_of(own)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        call = asyncio.create_task(outcome(api.create(own, flags=NO_QUIESCE)))
+        assert (await api.create(guest)).ours("consistency") == "quiesced"
+        assert await api.disks(own) and await api.disks(guest)
+        assert (await call).name == "TimedOut"
+        await refused(api.create(own), "Busy")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await not_busy(api, own)
+    own.writes_go_on(60)
+    assert not await api.snapshots_of(own)
+    assert (files_of(own), active_file(own)) == (files, file_before)
+    assert len(await api.disks(own)) == len(own.disks)
