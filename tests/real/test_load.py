@@ -30,7 +30,7 @@ from tests.real.conftest import Connect
 from tests.real.test_crash import active_file, files_of
 from tests.real.window import Window
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.measures]
 
 GUESTS = 10
 AT_ONCE = 100

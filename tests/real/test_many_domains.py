@@ -29,6 +29,8 @@ from tests.real.api import DOMAIN, NAME, QUIESCE_REQUIRED, VDA, ApiError
 from tests.real.conftest import Connect
 from tests.real.window import Window
 
+pytestmark = pytest.mark.measures
+
 DOMAINS = 200
 CREATES = 10
 LASTING_S = 5
