@@ -6,9 +6,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
+
+_LONGEST_CHAIN = 200
+"""The most that libvirt itself loads (QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH)."""
+_FASTEST_MIB_S = 1 << 20
 
 
 class ConfigError(Exception):
@@ -21,14 +26,22 @@ class QemuConfig:
 
     `overlay_dirs`: absolute folders, besides a disk's own, in which overlays may be made; the first
     one is used for a disk whose own folder can't hold one (a block device).
+    `commit_bandwidth`: the most that a delete may write, in MiB/s; 0: as much as it can.
+    `low_space_percent`: the file system of an overlay that grows is warned of when a smaller share
+    of it is free; 0: never.
     """
 
     overlay_dirs: tuple[str, ...] = ()
+    commit_bandwidth: int = 0
+    low_space_percent: int = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """What the daemon can be told; times in seconds.
+
+    `snapshot_limit`: the most snapshots that a disk may have.
+    `chain_limit`: the most images that a disk's chain may have, the active one counted.
 
     `agent_timeout_s`: an agent that does not answer in this time is not there.
     `freeze_timeout_s`: limit of the freeze command itself.
@@ -42,6 +55,8 @@ class Config:
     freeze_timeout_s: int = 10
     frozen_limit_s: int = 10
     lock_timeout_s: int = 30
+    snapshot_limit: int = 16
+    chain_limit: int = 16
     qemu: QemuConfig = field(default_factory=QemuConfig)
 
 
@@ -82,21 +97,31 @@ def parse(document: Mapping[str, object]) -> Config:
             values[key] = _uri(value)
         elif key == "state_dir":
             values[key] = Path(_absolute(key, value))
+        elif key in ("snapshot_limit", "chain_limit"):
+            values[key] = _number(key, value, 1, _LONGEST_CHAIN)
         else:
-            values[key] = _seconds(key, value)
+            # libvirt's response timeout counts in whole seconds (virDomainAgentSetResponseTimeout).
+            values[key] = _number(key, value, 1, 3600, " of seconds")
     return Config(**values)  # type: ignore[arg-type]  # each value was checked under its key above
 
 
 def _qemu(table: object) -> QemuConfig:
     if not isinstance(table, dict):
         raise ConfigError("'qemu' must be a table")
-    for key in table:
-        if key != "overlay_dirs":
-            raise ConfigError(f"unknown key 'qemu.{key}'")
-    dirs = table.get("overlay_dirs", [])
-    if not isinstance(dirs, list):
-        raise ConfigError("'qemu.overlay_dirs' must be a list of absolute paths")
-    return QemuConfig(tuple(_absolute("qemu.overlay_dirs", d) for d in dirs))
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"qemu.{key}"
+        if key == "overlay_dirs":
+            if not isinstance(value, list):
+                raise ConfigError(f"'{name}' must be a list of absolute paths")
+            values[key] = tuple(_absolute(name, path) for path in value)
+        elif key == "commit_bandwidth":
+            values[key] = _number(name, value, 0, _FASTEST_MIB_S, " of MiB/s")
+        elif key == "low_space_percent":
+            values[key] = _number(name, value, 0, 99)
+        else:
+            raise ConfigError(f"unknown key '{name}'")
+    return QemuConfig(**values)
 
 
 def _uri(value: object) -> str:
@@ -114,8 +139,7 @@ def _absolute(key: str, value: object) -> str:
     return value
 
 
-def _seconds(key: str, value: object) -> int:
-    # libvirt's response timeout counts in whole seconds (virDomainAgentSetResponseTimeout).
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 3600:
-        raise ConfigError(f"'{key}' must be a whole number of seconds from 1 to 3600")
+def _number(key: str, value: object, least: int, most: int, unit: str = "") -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"'{key}' must be a whole number{unit} from {least} to {most}")
     return value

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu import Qemu
+from snapd_vm.methods.reflink import Reflink
 from snapd_vm.virt.connection import ConnectionPool, start_event_loop
 from snapd_vm.virt.hypervisor import Hypervisor
 from snapd_vm.virt.inventory import Inventory
@@ -45,8 +46,12 @@ MethodTable = Callable[[Config, Hypervisor], Mapping[str, Method]]
 
 def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method]:
     """The methods of this daemon, in the order in which a default is looked for."""
-    qemu = Qemu(hypervisor, settings.qemu.overlay_dirs)
-    return {qemu.name: qemu}
+    table = settings.qemu
+    in_order: Sequence[Method] = (
+        Reflink(hypervisor),
+        Qemu(hypervisor, table.overlay_dirs, table.commit_bandwidth << 20, table.low_space_percent),
+    )
+    return {method.name: method for method in in_order}
 
 
 def run(config_path: str | None) -> int:

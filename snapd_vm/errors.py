@@ -104,7 +104,7 @@ class InvalidState(SnapdError):
 
 
 class NoSpace(SnapdError):
-    """The storage has no room for it."""
+    """The storage has no room for it, or the disk has as many snapshots as the limits allow."""
 
 
 class StorageFailed(SnapdError):

@@ -28,6 +28,7 @@ class MessageId(StrEnum):
     FAILED = "0b6d1f3e5a284f0f9c7d8e2b4a6c1d52"
     SETTLED = "5c2e8b7a9d1f4e63b0a4c6d8e2f71a93"
     FROZEN_TOO_LONG = "7e1d9c3b5f8a42d6a0c2e4b6d8f01375"
+    WARNING = "902c7a013df34415b37e93a5778691a7"
     STATE = "a4c8e2061b3d4f57928e6c0a1d5b3f74"
 
 

@@ -122,6 +122,10 @@ class Domain:
         """The disk with this `<target dev>`, or None."""
         return next((d for d in self.disks if d.target == target), None)
 
+    def persistent_disk(self, target: str) -> Disk | None:
+        """The same in the definition that the next start will use."""
+        return next((d for d in self.persistent_disks if d.target == target), None)
+
 
 @dataclass(frozen=True, slots=True)
 class MethodRequest:
@@ -212,11 +216,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a method says at check time: room in bytes and warnings for Plan."""
+    """What a method says at check time: room in bytes, warnings for Plan, and the chain.
+
+    `chains` is how many images the chain of each disk will have, if it does not stay as it is.
+    """
 
     space_needed: int = 0
     space_available: int = 0
     warnings: tuple[str, ...] = ()
+    chains: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +252,9 @@ class DiskReport:
 class Snapshot:
     """A snapshot on record. Times in µs (`created_us` since the epoch), `size` in bytes.
 
-    `target` is the method's own Target; its `disk` is the `<target dev>` of the disk.
+    `target` is the method's own Target; its `disk` is the `<target dev>` of the disk. `spoilt`: a
+    delete was broken off when it had begun to write into what the snapshot is, so that it is none
+    any more and can only be deleted.
     """
 
     uuid: str
@@ -261,6 +271,7 @@ class Snapshot:
     size: int
     backup_source: str
     modified_disk: str
+    spoilt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

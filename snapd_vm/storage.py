@@ -24,6 +24,9 @@ _OFD_GETLK, _OFD_SETLK = 36, 37  # F_OFD_GETLK and its kin, which Python 3.11's 
 _WRITE_BYTE = 101
 _NO_WRITER_BYTE = 201
 
+MARK = "trusted.snapd-vm"
+"""The extended attribute of files that are snapshots of ours; only root can set or see it."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileId:
@@ -73,6 +76,14 @@ def backing_chain(path: str, limit: int = 1024) -> Iterator[str]:
             return
 
 
+def is_marked(path: str) -> bool:
+    """Whether the file is marked as a snapshot of ours."""
+    try:
+        return bool(os.getxattr(path, MARK, follow_symlinks=False))
+    except OSError:
+        return False
+
+
 def virtual_size(path: str, image_format: str) -> int:
     """The size in bytes of the disk in the image at `path`, "raw" or "qcow2", as QEMU sees it.
 
@@ -118,7 +129,7 @@ def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -
             if not _kept(fd, owners, groups, last):
                 raise MethodNotSupported(
                     f"The folder {folder} can be changed by others than root and QEMU's user; "
-                    "name an overlay in a folder of qemu.overlay_dirs."
+                    "use method qemu with an overlay in a folder of qemu.overlay_dirs."
                 )
         yield fd
     finally:
@@ -149,17 +160,27 @@ def space_available(folder: str) -> int:
 
     Raises StorageFailed.
     """
-    try:
-        found = os.statvfs(folder)
-    except OSError as error:
-        raise StorageFailed(f"The folder {folder} can't be examined: {error.strerror}.") from error
+    found = _file_system(folder)
     return found.f_bavail * found.f_frsize
+
+
+def space_below(folder: str, percent: int) -> bool:
+    """Whether less than this share of the file system of `folder` is left to QEMU's user.
+
+    Raises StorageFailed.
+    """
+    found = _file_system(folder)
+    return found.f_bavail * 100 < found.f_blocks * percent
 
 
 def read_only(folder: str) -> bool:
     """Whether the file system of `folder` is mounted read-only. Raises StorageFailed."""
+    return bool(_file_system(folder).f_flag & os.ST_RDONLY)
+
+
+def _file_system(folder: str) -> os.statvfs_result:
     try:
-        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+        return os.statvfs(folder)
     except OSError as error:
         raise StorageFailed(f"The folder {folder} can't be examined: {error.strerror}.") from error
 
@@ -211,8 +232,8 @@ def kept_from_writers(path: str) -> Iterator[None]:
 def reader_of(path: str, uuid: str) -> str:
     """Who has the file or device open, in words, besides the QEMU of domain `uuid`; '' : nobody.
 
-    Looks at every process's descriptors (proc(5), /proc/PID/fd) and at what the kernel has stacked
-    on it: loop devices and block holders (sysfs).
+    With `uuid` '' no QEMU is left out. Looks at every process's descriptors (proc(5), /proc/PID/fd)
+    and at what the kernel has stacked on it: loop devices and block holders (sysfs).
     """
     wanted = file_id(path)
     if wanted is None:
@@ -230,7 +251,7 @@ def reader_of(path: str, uuid: str) -> str:
             continue
         with contextlib.suppress(OSError):
             argv = (process / "cmdline").read_bytes().split(b"\0")
-            if b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
+            if uuid and b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
                 continue
             return f"{(process / 'comm').read_text().strip()} (process {process.name})"
     return ""
@@ -238,6 +259,7 @@ def reader_of(path: str, uuid: str) -> str:
 
 def _has_open(process: Path, wanted: FileId) -> bool:
     try:
-        return any(file_id(entry.path) == wanted for entry in os.scandir(process / "fd"))
+        with os.scandir(process / "fd") as entries:
+            return any(file_id(entry.path) == wanted for entry in entries)
     except OSError:  # it has ended, or it is none of ours to look at
         return False

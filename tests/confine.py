@@ -63,7 +63,7 @@ class Unit:
 
 
 def system_calls(sets: Sequence[str]) -> set[str]:
-    """The system calls of systemd's named sets, as this systemd knows them."""
+    """The system calls of systemd's named sets, without those after "~"."""
     said = subprocess.run(
         ["systemd-analyze", "syscall-filter", "--no-pager"],
         capture_output=True,
@@ -84,7 +84,11 @@ def system_calls(sets: Sequence[str]) -> set[str]:
         for member in known.get(name, ()):
             yield from members_of(member)
 
-    return {call for name in ["@default", *sets] for call in members_of(name)}
+    # What follows "~" is taken away from what was said before (systemd.exec(5)).
+    given, _, taken = (part.split() for part in " ".join(sets).partition("~"))
+    return {call for name in ["@default", *given] for call in members_of(name)} - {
+        call for name in taken for call in members_of(name)
+    }
 
 
 def filter_calls(unit: Unit) -> None:

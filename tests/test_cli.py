@@ -398,6 +398,7 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert "complete" not in offered("")
     assert offered("create", "--q") == ["--quiesce-required"]
     assert offered("create", "--method", "q") == ["qemu"]
+    assert offered("create", "--method", "r") == ["reflink"]
     assert offered("create", "w") == ["web"]
     assert offered("create", "--name", "n", "w") == ["web"]
     assert offered("create", "--json", "web", "v") == ["vda"]

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from lxml import etree
 
 from snapd_vm import __version__
 from tests.fake_service import FakeService
-from tests.lab import Guest, Lab
+from tests.lab import DiskSpec, Guest, Lab
 
 ROOT = Path(__file__).parent.parent
 NAME = "org.example.DiskSnapshot"
@@ -224,7 +225,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Gues
     make("install", folder, INSTALL_PYTHON=sys.executable)
     unit, command = (folder / path for path in (UNIT, "usr/bin/snapd-vm"))
     with Lab() as lab:
-        guest = lab.guest(name="web")
+        cloning = lab.block.mounted("xfs")
+        guest = lab.guest([DiskSpec(), DiskSpec(format="raw", folder=cloning.path)], name="web")
         lab.daemon.start(argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
         yield lab, guest, command
         lab.daemon.stop()
@@ -243,10 +245,11 @@ def test_the_sandbox_of_the_unit_holds() -> None:
         "print([refused(socket.socket, socket.AF_PACKET, socket.SOCK_RAW),\n"
         "       refused(mmap.mmap, -1, 4096, prot=7), refused(os.mknod, '/dev/x', 0o060600),\n"
         "       refused(open, '/usr/x', 'w'), refused(open, '/proc/sys/x', 'w'),\n"
-        "       refused(os.chmod, '.', 0o4755), refused(os.setuid, 1), refused(os.chroot, '/')])"
+        "       refused(os.chmod, '.', 0o4755), refused(os.setuid, 1), refused(os.chroot, '/'),\n"
+        "       refused(os.setpriority, os.PRIO_PROCESS, 0, 1)])"
     )
     confined = (sys.executable, "-m", "tests.confine", ROOT / "systemd/snapd-vm.service")
-    assert run(*confined, sys.executable, "-c", tried).strip() == str([True] * 8)
+    assert run(*confined, sys.executable, "-c", tried).strip() == str([True] * 9)
 
 
 def test_confined_as_the_unit_says_the_installed_daemon_makes_a_quiesced_snapshot(
@@ -265,6 +268,44 @@ def test_confined_as_the_unit_says_the_installed_daemon_makes_a_quiesced_snapsho
     assert refused.returncode == 1
     assert refused.stderr.startswith("snapd-vm: error: ")
     assert "confined" in refused.stderr
+
+
+@pytest.mark.parametrize("user", ["nobody", "root"])
+def test_confined_as_the_unit_says_the_daemon_sees_who_reads_a_snapshot(
+    served: tuple[Lab, Guest, Path], user: str
+) -> None:
+    # Another user's process, and one of root's that has more capabilities than the daemon.
+    lab, guest, command = served
+    made = lab.as_user(None, [command, "create", guest.name, "vda", "--name", user, "--json"])
+    assert made.returncode == 0, made.stderr
+    source = etree.fromstring(json.loads(made.stdout)["backup_source"]).get("file") or ""
+    delete: list[str | Path] = [command, "delete", f"{guest.name}/vda/{user}"]
+    with open(source, "rb") as file:
+        reader = subprocess.Popen(["setpriv", f"--reuid={user}", "sleep", "100"], stdin=file)
+    try:
+        refused = lab.as_user(None, delete)
+    finally:
+        reader.kill()
+        reader.wait()
+    assert refused.returncode == 1
+    assert f"(process {reader.pid})" in refused.stderr
+    done = lab.as_user(None, delete)
+    assert done.returncode == 0, done.stderr
+
+
+def test_confined_it_clones_too(served: tuple[Lab, Guest, Path]) -> None:
+    lab, guest, command = served
+    image = guest.disk("vdb").path
+    options = ("--name", "clone", "--quiesce-required", "--json")
+    made = lab.as_user(None, [command, "create", guest.name, "vdb", *options])
+    assert made.returncode == 0, made.stderr + lab.daemon.log
+    assert json.loads(made.stdout)["method"] == "reflink"
+    (clone,) = image.parent.glob("snapd-vm-*")
+    assert "i" in run("lsattr", clone).split()[0]
+    assert clone.stat().st_uid == image.stat().st_uid
+    gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdb/clone"])
+    assert gone.returncode == 0, gone.stderr + lab.daemon.log
+    assert not clone.exists()
 
 
 def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:

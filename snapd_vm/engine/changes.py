@@ -62,6 +62,8 @@ class Changes:
             uid=operation.uid,
             cancelable=operation.kind is Kind.DELETE,
         )
+        if operation.kind is Kind.DELETE:
+            running.spoil()  # nobody knows how far it had come
         outcome = await self._attempt(operation, running, again=True)
         running.end(outcome.error, {})
         return outcome
@@ -81,26 +83,30 @@ class Changes:
             return Outcome(_told(unsettled.error), unsettled.operation)
         except Exception as error:
             self._failed(operation, error)
-            if not await self._closed(operation, error):
+            if not await self._closed(operation, error, watch):
                 return Outcome(_told(error), operation)
             await self._refreshed(operation.tag.domain_uuid)
-            self._shelf.replace(dataclasses.replace(former, state=state))
+            if operation.kind is Kind.DELETE:
+                self._shelf.put_back(delete.kept(operation, [former], watch))
+            else:
+                self._shelf.replace(dataclasses.replace(former, state=state))
             return Outcome(_told(error))
         await self._shelf.look_at_domain(operation.tag.domain_uuid)  # nobody did meanwhile
         return Outcome()
 
-    async def _closed(self, operation: Operation, error: Exception) -> bool:
+    async def _closed(self, operation: Operation, error: Exception, watch: Running) -> bool:
         """Whether nothing is left to be done of an operation that failed."""
         if operation.kind is Kind.REVERT:
             return True  # or it is Unsettled
         if isinstance(error, Cancelled):
             return True
-        return await self._world.run(delete.give_up, self._world, operation)
+        all_of = self._shelf.of(operation.tag.domain_uuid)
+        return await self._world.run(delete.give_up, self._world, operation, all_of, watch)
 
     async def _delete(self, operation: Operation, watch: Running) -> None:
         snapshot = operation.drafts[0]
-        world, others = self._world, self._shelf.of(snapshot.domain_uuid)
-        moved = await world.run(delete.carry_out, world, operation, others, watch)
+        world, all_of = self._world, self._shelf.of(snapshot.domain_uuid)
+        moved = await world.run(delete.carry_out, world, operation, all_of, watch)
         await self._refreshed(snapshot.domain_uuid)  # before anybody looks at the others again
         self._shelf.remove(snapshot.uuid)
         _log("deleted snapshot %s of disk %s of domain %s", MessageId.DELETED, snapshot)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid as uuids
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from snapd_vm.engine import select
+from snapd_vm.engine import limits, select
 from snapd_vm.engine.survey import Survey
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, HypervisorUnavailable, InvalidArgs, NameInUse
@@ -37,12 +37,16 @@ from snapd_vm.virt import domainxml
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One disk, and what will be done with it; the size of `target` is what `check` finds out."""
+    """One disk, and what will be done with it; the size of `target` is what `check` finds out.
+
+    `known` are the snapshots that the disk has.
+    """
 
     disk: Disk
     method: Method
     target: Target
     tag: Tag
+    known: tuple[Snapshot, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +77,13 @@ class Choices:
         return list({choice.method.name: choice.method for choice in self.disks}.values())
 
 
-def choose(world: World, uuid: str, requests: Sequence[Request], names: Collection[str]) -> Choices:
+def choose(
+    world: World, uuid: str, requests: Sequence[Request], names: Mapping[str, Snapshot]
+) -> Choices:
     """Read the domain again from libvirt, and find the disks and their methods in that.
 
     `requests` are for one domain and have one name and the same flags; `names` are those in use on
-    any disk of the domain, as "target/label". Raises SnapdErrors.
+    any disk of the domain, as "target/label", with their snapshots. Raises SnapdErrors.
     """
     domain = world.hypervisor.read(uuid)
     disks = []
@@ -96,7 +102,8 @@ def choose(world: World, uuid: str, requests: Sequence[Request], names: Collecti
     for disk, request in zip(disks, requests, strict=True):
         tag = Tag(str(uuids.uuid4()), label, domain.uuid, domain.name, created_us)
         method, target, _ = select.choose_method(world.methods, domain, disk, request, tag)
-        choices.append(Choice(disk, method, target, tag))
+        known = tuple(one for one in names.values() if one.target.disk == disk.target)
+        choices.append(Choice(disk, method, target, tag, known))
     return Choices(domain, tuple(choices))
 
 
@@ -120,15 +127,21 @@ def check(world: World, choices: Choices) -> Choices:
         method.check([c.target for c in sized if c.method is method], choices.tag)
         for method in choices.methods
     ]
+    chains = {disk: length for need in needs for disk, length in need.chains.items()}
+    for choice in sized:
+        limits.check(world.config, choice.disk.target, choice.known, chains)
     together = Needs(
         sum(need.space_needed for need in needs),
         min(need.space_available for need in needs),
         tuple(warning for need in needs for warning in need.warnings),
+        chains,
     )
     return dataclasses.replace(choices, disks=sized, needs=together, floor=floor)
 
 
-def _label(name: str, targets: Sequence[str], names: Collection[str], created_us: int) -> str:
+def _label(
+    name: str, targets: Sequence[str], names: Mapping[str, Snapshot], created_us: int
+) -> str:
     """The name asked for, or one made from the time, that none of the disks has yet."""
 
     def taken(label: str) -> str:
@@ -161,7 +174,7 @@ def _floor(world: World, domain: Domain) -> Consistency:
     return Consistency.CRASH
 
 
-def plan(world: World, uuid: str, request: Request, names: Collection[str]) -> Plan:
+def plan(world: World, uuid: str, request: Request, names: Mapping[str, Snapshot]) -> Plan:
     """What Create would answer; pings the agent, freezes nothing. Raises what Create would."""
     choices = choose(world, uuid, [request], names)
     with closing(Survey(world, request.flags)) as survey:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from snapd_vm.engine.choice import Choices, check, choose, drafts
 from snapd_vm.engine.journal import Held, Operation, Step
 from snapd_vm.engine.survey import Quiesce, Survey
 from snapd_vm.engine.world import World
-from snapd_vm.errors import HypervisorUnavailable, QuiesceFailed
+from snapd_vm.errors import Busy, QuiesceFailed, StorageFailed
 from snapd_vm.methods.method import Watch
 from snapd_vm.model import (
     Consistency,
@@ -69,7 +69,7 @@ def take(
     world: World,
     uuid: str,
     requests: Sequence[Request],
-    names: Collection[str],
+    names: Mapping[str, Snapshot],
     remembered: Sequence[Found],
     resumed: Callable[[], bool],
     watch: Watch,
@@ -137,7 +137,12 @@ def _take(
 
         if stops:
             switch = functools.partial(
-                stop.around, switch, world.hypervisor, domain.uuid, world.config.frozen_limit_s
+                stop.around,
+                switch,
+                world.hypervisor,
+                domain.uuid,
+                world.config.frozen_limit_s,
+                world.reach,
             )
         held = holding is not None
         frozen = freeze.Frozen()
@@ -209,21 +214,25 @@ def _read_back(
     snapshots = []
     for choice, draft in zip(choices.disks, operation.drafts, strict=True):
         if not choice.method.taken(draft.target, operation.tag, now):
-            raise HypervisorUnavailable("libvirt took the snapshot and does not show it.")
+            raise StorageFailed("The snapshot was taken and is not there; see the daemon's log.")
         disk = now.disk(choice.disk.target)
-        snapshots.append(finish(draft, consistency, disk, choice.disk.path, frozen))
+        changed = disk if choice.method.redirects else None
+        if changed is None and (disk is None or disk.path != choice.disk.path):
+            raise Busy("The disk was given another image by somebody else meanwhile; try again.")
+        snapshots.append(finish(draft, consistency, changed, frozen))
     return snapshots
 
 
 def finish(
     draft: Snapshot,
     consistency: Consistency,
-    disk: Disk | None,
-    former_path: str,
+    changed: Disk | None,
     frozen: freeze.Frozen,
 ) -> Snapshot:
-    """The record of a snapshot that stands, from its draft."""
-    changed = disk is not None and disk.path != former_path
+    """The record of a snapshot that stands, from its draft.
+
+    `changed` is the disk as the domain uses it now, if the method has given it another image.
+    """
     return dataclasses.replace(
         draft,
         consistency=consistency,
@@ -232,5 +241,5 @@ def finish(
         backup_source=domainxml.with_attributes(
             draft.backup_source, consistency=consistency, snapshot_path=snapshot_path(draft.uuid)
         ),
-        modified_disk=disk.xml if disk is not None and changed else "",
+        modified_disk=changed.xml if changed is not None else "",
     )

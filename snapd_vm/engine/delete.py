@@ -6,13 +6,13 @@ Blocking functions for one worker thread; the engine holds the domain's lock aro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from snapd_vm.engine.journal import DeleteStep, Kind, Operation
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, Cancelled, InvalidState, SnapdError
 from snapd_vm.methods.method import Reverts, Watch
-from snapd_vm.model import Flags, Snapshot, SnapshotState, Tag, snapshot_path
+from snapd_vm.model import Domain, Flags, Snapshot, SnapshotState, Tag, snapshot_path
 from snapd_vm.virt import domainxml
 
 _NOTHING_TO_DO = (SnapshotState.MISSING, SnapshotState.DETACHED)
@@ -30,23 +30,33 @@ def tag_of(snapshot: Snapshot) -> Tag:
     )
 
 
-def begin(world: World, snapshot: Snapshot, others: Iterable[Snapshot], uid: int) -> Operation:
+def begin(
+    world: World,
+    snapshot: Snapshot,
+    others: Iterable[Snapshot],
+    domains: Mapping[str, Domain],
+    uid: int,
+) -> Operation:
     """Check that it can be deleted, and write down that it will be. Raises SnapdErrors.
 
-    `others` are the domain's other snapshots, `uid` is who asks.
+    `others` are the domain's other snapshots, `domains` all that there are, by UUID; `uid` is who
+    asks.
     """
     tag = tag_of(snapshot)
     method = world.methods[snapshot.target.method]
-    if snapshot.state is SnapshotState.FAILED:
+    state = snapshot.state
+    if snapshot.spoilt and state is SnapshotState.FAILED:  # what else is wrong with it?
+        state = SnapshotState(method.state(snapshot.target, domains))
+    if state is SnapshotState.FAILED:
         raise InvalidState(
             "A domain's definition names the image that the snapshot is; correct it first."
         )
-    if snapshot.state not in (SnapshotState.READY, *_NOTHING_TO_DO):
-        raise Busy(f"The snapshot is {snapshot.state}; wait for its end.")
+    if state not in (SnapshotState.READY, *_NOTHING_TO_DO):
+        raise Busy(f"The snapshot is {state}; wait for its end.")
     if isinstance(method, Reverts):
         target = method.among(snapshot.target, [other.target for other in others])
         snapshot = dataclasses.replace(snapshot, target=target)
-    if snapshot.state is SnapshotState.READY:
+    if state is SnapshotState.READY:
         method.check_delete(snapshot.target, tag)
     world.reach(DeleteStep.CHECKED)
     operation = Operation(tag, Flags(0), (snapshot,), kind=Kind.DELETE, uid=uid)
@@ -56,11 +66,12 @@ def begin(world: World, snapshot: Snapshot, others: Iterable[Snapshot], uid: int
 
 
 def carry_out(
-    world: World, operation: Operation, others: Iterable[Snapshot], watch: Watch
+    world: World, operation: Operation, all_of: Sequence[Snapshot], watch: Watch
 ) -> Sequence[Snapshot]:
     """Do what was begun, again if need be; the other snapshots whose source has moved.
 
-    Raises Cancelled with all as it was, and the operation closed; other SnapdErrors with the
+    `all_of` are all the domain's. Raises Cancelled with the operation closed, and all as `kept`
+    says; other SnapdErrors with the
     operation open, to be called again.
     """
     snapshot = operation.drafts[0]
@@ -69,13 +80,15 @@ def carry_out(
         try:
             method.delete(snapshot.target, operation.tag, watch)
         except Cancelled:
-            world.journal.end(operation, [], release=False)
+            world.journal.end(operation, [kept(operation, all_of, watch)], release=False)
             raise
     world.reach(DeleteStep.COMMITTED)
     moved = []
-    for other in others:
+    for other in all_of:
+        if other.uuid == snapshot.uuid or other.target.method != method.name:
+            continue
         target = method.moved(snapshot.target, other.target)
-        if other.uuid != snapshot.uuid and target is not None:
+        if target is not None:
             moved.append(_moved(other, snapshot, target))
     world.journal.deleted(operation, moved)
     world.reach(DeleteStep.ENDED)
@@ -96,13 +109,22 @@ def _moved(other: Snapshot, into: Snapshot, target: object) -> Snapshot:
     )
 
 
-def give_up(world: World, operation: Operation) -> bool:
+def kept(operation: Operation, all_of: Iterable[Snapshot], watch: Watch) -> Snapshot:
+    """What a delete that did not come to its end has left of its snapshot, as its own record."""
+    draft = operation.drafts[0]
+    former = next(one for one in all_of if one.uuid == draft.uuid)
+    if watch.spoilt or former.spoilt:
+        return dataclasses.replace(former, state=SnapshotState.FAILED, spoilt=True)
+    return dataclasses.replace(former, state=draft.state)
+
+
+def give_up(world: World, operation: Operation, all_of: Iterable[Snapshot], watch: Watch) -> bool:
     """Close a delete that failed, where the snapshot still stands; whether that could be told."""
     snapshot = operation.drafts[0]
     try:
         if not world.methods[snapshot.target.method].taken(snapshot.target, operation.tag):
             return False
-        world.journal.end(operation, [], release=False)
+        world.journal.end(operation, [kept(operation, all_of, watch)], release=False)
     except SnapdError:
         return False
     return True

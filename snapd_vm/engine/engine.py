@@ -54,8 +54,10 @@ from snapd_vm.virt.inventory import Inventory
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Begin: TypeAlias = Callable[[World, Snapshot, Sequence[Snapshot], int], Operation]
-"""Checks a delete or revert of a snapshot, beside the domain's others, for a uid, and begins it."""
+Begin: TypeAlias = Callable[
+    [World, Snapshot, Sequence[Snapshot], Mapping[str, Domain], int], Operation
+]
+"""Checks a delete or revert of a snapshot, and begins it: see delete.begin for what it is given."""
 
 _NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 _AT_ONCE = 8
@@ -226,8 +228,15 @@ class Engine:
         snapshot = self._shelf.get(snapshot_uuid)
         await self._refreshed(snapshot.domain_uuid)
         snapshot = await self._shelf.look(snapshot)
+        if snapshot.state is SnapshotState.DELETING:
+            raise Busy("The snapshot is being deleted, and its contents with it.")
         if snapshot.state is SnapshotState.MISSING:
             raise StorageFailed("The snapshot's storage is gone; there is nothing to read.")
+        if snapshot.spoilt:
+            raise InvalidState(
+                "A delete of the snapshot was broken off, and its contents are no longer what they "
+                "were; delete it."
+            )
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
                 "A domain's definition names the image that the snapshot is, so it may change; "
@@ -315,13 +324,16 @@ class Engine:
             self._require_connection()
             snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
             others = [one for one in self._shelf.of(uuid) if one.uuid != snapshot_uuid]
-            operation = await world.run(begin, world, snapshot, others, uid)
+            domains = dict(self.domains)
+            operation = await world.run(begin, world, snapshot, others, domains, uid)
             self._locks.block(uuid, busy)
             try:
                 await self._keeper.change(operation, watch)
             finally:
                 if not self._keeper.is_open(uuid):
                     self._locks.unblock(uuid)
+        if not snapshot.modified_disk:  # the domain has used the same image all the time
+            return ""
         domain = self.domains.get(uuid)
         disk = domain.disk(snapshot.target.disk) if domain is not None else None
         return disk.xml if disk is not None else ""

@@ -100,6 +100,7 @@ class Running:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._cancelled = False
+        self._spoilt = False
         self._returnable = job.cancelable
         self._last = 0.0
         self._timer = self._loop.call_later(_MOMENT_S, self._tell)
@@ -118,6 +119,15 @@ class Running:
             return
         self._last = now
         self._loop.call_soon_threadsafe(self._progressed, done, total)
+
+    def spoil(self) -> None:
+        """See methods.method.Watch."""
+        self._spoilt = True
+
+    @property
+    def spoilt(self) -> bool:
+        """See methods.method.Watch."""
+        return self._spoilt
 
     def past_return(self) -> None:
         """See methods.method.Watch."""
@@ -164,7 +174,8 @@ class Running:
 
     def _progressed(self, done: int, total: int) -> None:
         if total > 0:
-            share = min(done / total, 1.0)
+            # There may be more to do meanwhile, as the guest writes on; what is done stays done.
+            share = max(self._job.progress, min(done / total, 1.0))
             self._change({"progress": share, "progress_valid": True, "bytes": total})
 
     def _change(self, changed: Mapping[str, object]) -> None:

@@ -51,8 +51,9 @@ class Step(StrEnum):
     CHECKED = "checked"
     BEGUN = "begun"  # journalled: what will be made, under which draft name
     PREPARED = "prepared"  # journalled: what was made, and that the guest may be frozen from now
-    ARMED = "armed"  # the overlay has its name
+    ARMED = "armed"  # all that can be made before the freeze is made
     FROZEN = "frozen"
+    STOPPED = "stopped"  # the vCPUs stand still, where several methods take part
     SWITCHED = "switched"
     THAWED = "thawed"
     READ_BACK = "read-back"

@@ -51,7 +51,9 @@ def _standing(world: World, draft: Snapshot) -> Snapshot:
         return dataclasses.replace(draft, consistency=Consistency.CRASH)
     off = not domain.active and draft.consistency is Consistency.OFFLINE
     consistency = Consistency.OFFLINE if off else Consistency.CRASH
-    return create.finish(draft, consistency, domain.disk(draft.target.disk), "", freeze.Frozen())
+    redirects = world.methods[draft.target.method].redirects
+    changed = domain.disk(draft.target.disk) if redirects else None
+    return create.finish(draft, consistency, changed, freeze.Frozen())
 
 
 def thaw(hypervisor: Hypervisor, held: Held, timeout: float) -> bool:

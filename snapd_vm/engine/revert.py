@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from snapd_vm.engine.delete import tag_of
 from snapd_vm.engine.journal import Kind, Operation, RevertStep
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, InvalidState, MethodNotSupported, StorageFailed
 from snapd_vm.methods.method import Reverts, Watch
-from snapd_vm.model import Flags, Snapshot, SnapshotState, Target
+from snapd_vm.model import Domain, Flags, Snapshot, SnapshotState, Target
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,23 @@ class Unsettled(Exception):
         self.operation = operation
 
 
-def begin(world: World, snapshot: Snapshot, others: Sequence[Snapshot], uid: int) -> Operation:
+def begin(
+    world: World,
+    snapshot: Snapshot,
+    others: Sequence[Snapshot],
+    _domains: Mapping[str, Domain],
+    uid: int,
+) -> Operation:
     """Check that the disk can go back to it, and write down that it will. Raises SnapdErrors.
 
     `others` are the domain's other snapshots, `uid` is who asks.
     """
     tag, method = tag_of(snapshot), _method(world, snapshot)
+    if snapshot.spoilt:
+        raise InvalidState(
+            "A delete of the snapshot was broken off, and its contents are no longer what they "
+            "were; delete it."
+        )
     if snapshot.state is SnapshotState.FAILED:
         raise InvalidState(
             "A domain's definition names the image that the snapshot is; correct it first."

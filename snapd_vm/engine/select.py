@@ -90,7 +90,7 @@ def choose_method(
     for method in _default_order(methods):
         target = method.claim(domain, disk, None, tag)
         if target is not None:
-            return method, target, f"the default for a {disk.format} image on a {disk.type} source"
+            return method, target, f"the default for {method.suits(disk)}"
     raise MethodNotSupported(f"No method is there for disk {disk.target}.")
 
 

@@ -14,6 +14,7 @@ from snapd_vm.engine.service import Listener
 from snapd_vm.engine.world import World
 from snapd_vm.errors import NoSuchSnapshot, SnapdError
 from snapd_vm.journald import MessageId, fields
+from snapd_vm.methods.method import Warns
 from snapd_vm.model import Domain, Snapshot, SnapshotState
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Shelf:
         self._connected = connected
         self._looking: set[str] = set()
         self._look_again: set[str] = set()
+        self._warned: dict[str, frozenset[str]] = {}
 
     async def load(self) -> None:
         """Take the journal's."""
@@ -53,9 +55,9 @@ class Shelf:
             raise NoSuchSnapshot("There is no such snapshot.")
         return snapshot
 
-    def names(self, domain_uuid: str) -> frozenset[str]:
-        """The labels in use on a domain's disks, as "target/label"."""
-        return frozenset(f"{s.target.disk}/{s.name}" for s in self.of(domain_uuid))
+    def names(self, domain_uuid: str) -> Mapping[str, Snapshot]:
+        """The labels in use on a domain's disks, as "target/label", and whose they are."""
+        return {f"{s.target.disk}/{s.name}": s for s in self.of(domain_uuid)}
 
     def add(self, snapshot: Snapshot) -> None:
         """One that the journal has already."""
@@ -70,9 +72,29 @@ class Shelf:
         for listener in self.listeners:
             listener.snapshot_changed(old, snapshot)
 
+    def put_back(self, snapshot: Snapshot) -> None:
+        """The record of one whose delete was broken off; the journal has it already."""
+        was_spoilt = self.snapshots[snapshot.uuid].spoilt
+        self.replace(snapshot)
+        if snapshot.spoilt and not was_spoilt:
+            log.warning(
+                "snapshot %s of disk %s of domain %s is spoilt: its delete was broken off",
+                snapshot.name,
+                snapshot.target.disk,
+                snapshot.domain_name,
+                extra=fields(MessageId.STATE, snapshot, state=snapshot.state),
+            )
+            self.warn(
+                snapshot,
+                "spoilt",
+                "A delete of the snapshot was broken off, and its contents are no longer what they "
+                "were; delete it.",
+            )
+
     def remove(self, uuid: str) -> None:
         """One that the journal has no more."""
         snapshot = self.snapshots.pop(uuid)
+        self._warned.pop(uuid, None)
         for listener in self.listeners:
             listener.snapshot_removed(snapshot)
 
@@ -87,10 +109,14 @@ class Shelf:
         if method is None or not self._connected() or self._at_work(snapshot):
             return snapshot
         domains = dict(self._domains())
-        state = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
+        state = found = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
         current = self.snapshots.get(snapshot.uuid)
-        if current is None or state is current.state or self._at_work(current):
+        if current is not None and current.spoilt and found is SnapshotState.READY:
+            state = SnapshotState.FAILED
+        if current is None or current.target != snapshot.target:  # gone, or moved, meanwhile
             return current or snapshot
+        if state is current.state or self._at_work(current):
+            return current
         new = dataclasses.replace(current, state=state)
         log.warning(
             "snapshot %s of disk %s of domain %s is %s",
@@ -104,7 +130,7 @@ class Shelf:
         if snapshot.uuid not in self.snapshots:
             return new
         self.replace(new)
-        if state is SnapshotState.FAILED:
+        if found is SnapshotState.FAILED:
             self.warn(
                 new,
                 "base-in-use",
@@ -149,9 +175,40 @@ class Shelf:
 
     async def _look_or_log(self, snapshot: Snapshot) -> None:
         try:
-            await self.look(snapshot)
+            await self._look_ahead(await self.look(snapshot))
         except SnapdError as error:
             log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
+
+    async def _look_ahead(self, snapshot: Snapshot) -> None:
+        """Warn of what will go wrong: once, and again only if it was in order in between."""
+        method: object = self._world.methods.get(snapshot.target.method)
+        if not isinstance(method, Warns) or not self._connected():
+            return
+        domains = dict(self._domains())
+        found = await self._world.run(method.warnings, snapshot.target, domains)
+        before = self._warned.get(snapshot.uuid, frozenset())
+        if snapshot.uuid not in self.snapshots:
+            return
+        self._warned[snapshot.uuid] = frozenset(found)
+        for code in before - found.keys():
+            log.info(
+                "snapshot %s of disk %s of domain %s: no more %s",
+                snapshot.name,
+                snapshot.target.disk,
+                snapshot.domain_name,
+                code,
+                extra=fields(MessageId.WARNING, snapshot, code=code),
+            )
+        for code in found.keys() - before:
+            log.warning(
+                "snapshot %s of disk %s of domain %s: %s",
+                snapshot.name,
+                snapshot.target.disk,
+                snapshot.domain_name,
+                found[code],
+                extra=fields(MessageId.WARNING, snapshot, code=code),
+            )
+            self.warn(snapshot, code, found[code])
 
     def of(self, domain_uuid: str) -> Sequence[Snapshot]:
         """All of a domain."""

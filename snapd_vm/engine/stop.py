@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from snapd_vm.engine.journal import Step
 from snapd_vm.engine.rescue import Rescue
 from snapd_vm.errors import NoSuchDomain, SnapdError, TimedOut
 
@@ -23,7 +24,13 @@ class Hypervisor(Protocol):
     def resume(self, uuid: str) -> None: ...
 
 
-def around(switch: Callable[[], None], hypervisor: Hypervisor, uuid: str, limit: float) -> None:
+def around(
+    switch: Callable[[], None],
+    hypervisor: Hypervisor,
+    uuid: str,
+    limit: float,
+    reach: Callable[[Step], None],
+) -> None:
     """Stop the vCPUs of a running domain, call `switch`, let them run.
 
     Raises what `switch` raises, and TimedOut where it took longer than `limit` seconds: the vCPUs
@@ -35,6 +42,7 @@ def around(switch: Callable[[], None], hypervisor: Hypervisor, uuid: str, limit:
         rescue.begin()  # a suspend that fails late may have stopped them
         try:
             hypervisor.suspend(uuid)
+            reach(Step.STOPPED)
             switch()
         finally:
             hypervisor.resume(uuid)

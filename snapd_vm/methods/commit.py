@@ -41,7 +41,9 @@ class Hypervisor(beside.Hypervisor, Protocol):
     def capacity(self, uuid: str, target: str) -> int: ...
     def running_job(self, uuid: str, target: str) -> str: ...
     def managed_save(self, uuid: str) -> bool: ...
-    def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None: ...
+    def commit(
+        self, uuid: str, target: str, base: str, top: str, bandwidth: int, watch: Watch
+    ) -> None: ...
     def redefine_disk(
         self, uuid: str, target: str, path: str, disk_type: str, image_format: str
     ) -> None: ...
@@ -54,12 +56,16 @@ class Unwatched:
     """A Watch that nobody is behind."""
 
     cancelled = False
+    spoilt = False
 
     def progress(self, done: int, total: int) -> None:
         """Nobody asks."""
 
     def past_return(self) -> None:
         """Nobody wanted to."""
+
+    def spoil(self) -> None:
+        """It is no snapshot's."""
 
 
 def undo(
@@ -104,7 +110,7 @@ def _undo(hypervisor: Hypervisor, layer: Layer, disk: str, *, in_order: bool, ag
     live = domain.disk(disk)
     path = live.path if live is not None else ""
     if path == layer.path and domain.active:
-        _commit(hypervisor, layer, disk, Unwatched())
+        _commit(hypervisor, layer, disk, Unwatched(), 0)  # it is small, and the caller waits
     elif path == layer.path:
         _keep_if_written(layer, "the domain ended after it had switched")
         _define_origin(hypervisor, layer, disk)
@@ -182,8 +188,11 @@ def _check_space(layer: Layer) -> None:
         )
 
 
-def delete(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> None:
-    """Commit the overlay of a snapshot that stands, and unlink it once nobody uses it."""
+def delete(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch, bandwidth: int) -> None:
+    """Commit the overlay of a snapshot that stands, and unlink it once nobody uses it.
+
+    `bandwidth` is the most that it may write, in bytes a second; 0: as much as it can.
+    """
     if layer.aside is not None:
         watch.past_return()
         beside.delete(hypervisor, layer)
@@ -191,7 +200,7 @@ def delete(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> Non
     if beside.has_any(layer):
         watch.past_return()
         beside.detach(layer)
-    _commit(hypervisor, layer, disk, watch)
+    _commit(hypervisor, layer, disk, watch, bandwidth)
     if own_id(layer) is not None:
         beside.follow(layer)
         if storage.write_locked(layer.path):
@@ -223,7 +232,7 @@ def in_use(domain: Domain, layer: Layer, disk: str) -> Disk | None:
     return found if own in chain else None
 
 
-def _commit(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> None:
+def _commit(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch, bandwidth: int) -> None:
     """Commit the overlay into its origin until it is in no chain of the domain's disk.
 
     The domain may be started or stopped in between, so what it uses is looked at again after each
@@ -236,25 +245,34 @@ def _commit(hypervisor: Hypervisor, layer: Layer, disk: str, watch: Watch) -> No
             break
         if domain.active:
             top = "" if found.path == layer.path else layer.path
-            hypervisor.commit(layer.domain, disk, layer.origin, top, watch)
+            hypervisor.commit(layer.domain, disk, layer.origin, top, bandwidth, watch)
         else:
-            _commit_off(hypervisor, layer, found, watch)
+            _commit_off(hypervisor, layer, found, watch, bandwidth)
     else:
+        if layer.origin_type == "file":
+            _check_space(layer)
         raise StorageFailed(f"The overlay of disk {disk} could not be committed.")
     _define_origin(hypervisor, layer, disk)
 
 
-def _commit_off(hypervisor: Hypervisor, layer: Layer, disk: Disk, watch: Watch) -> None:
+def _commit_off(
+    hypervisor: Hypervisor, layer: Layer, disk: Disk, watch: Watch, bandwidth: int
+) -> None:
     """Commit while the domain is off: libvirt has no call for it.
 
     qemu-img locks the images, so the domain can't start meanwhile (qemu-img(1), QEMU's image
     locks); one that starts right after it runs on the overlay, whose contents are the same.
     """
     watch.past_return()
-    limit = 60 + os.stat(layer.path).st_blocks * 512 / _SLOWEST_BYTES_S
+    size = os.stat(layer.path).st_blocks * 512
+    limit = 60 + size / _SLOWEST_BYTES_S + (2 * size / bandwidth if bandwidth else 0)
+    rate = ["-r", str(bandwidth)] if bandwidth else []
     above = _above(layer, disk)
+    watch.spoil()
     try:
-        command.run(["qemu-img", "commit", "-q", "-d", "-f", "qcow2", layer.path], timeout=limit)
+        command.run(
+            ["qemu-img", "commit", "-q", "-d", *rate, "-f", "qcow2", layer.path], timeout=limit
+        )
         if above:
             command.run(
                 [
@@ -284,8 +302,7 @@ def _above(layer: Layer, disk: Disk) -> str:
 def _define_origin(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
     """Let the definition say the origin where it says the overlay."""
     domain = hypervisor.read(layer.domain)
-    disks = domain.persistent_disks if domain.active else domain.disks
-    persistent = next((d for d in disks if d.target == disk), None)
+    persistent = domain.persistent_disk(disk)
     if persistent is not None and persistent.path == layer.path:
         hypervisor.redefine_disk(
             layer.domain, disk, layer.origin, layer.origin_type, layer.origin_format

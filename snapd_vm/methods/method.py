@@ -35,6 +35,13 @@ class Watch(Protocol):
     def past_return(self) -> None:
         """From here it can't be cancelled. Raises Cancelled if that was asked for before."""
 
+    def spoil(self) -> None:
+        """From here the contents of what is being deleted change: broken off, it is spoilt."""
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether that was said."""
+
 
 class Kept(HypervisorUnavailable):
     """A snapshot can't be undone without losing the guest's writes, and stands."""
@@ -47,6 +54,13 @@ class Method(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def redirects(self) -> bool:
+        """Whether the domain uses another image once the snapshot is taken."""
+
+    def suits(self, disk: Disk) -> str:
+        """What kind of disk it is, in words, that the method is the default for."""
 
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
@@ -94,8 +108,9 @@ class Method(Protocol):
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """Remove a snapshot that stands; the disk's present contents, and other snapshots', stay.
 
-        May be called again after it was broken off at any moment. Raises Cancelled, with all as it
-        was, if `watch` says so in time.
+        May be called again after it was broken off at any moment. Raises Cancelled if `watch` says
+        so in time: all is as it was then, unless `watch.spoil()` was called, after which the
+        deleted snapshot's own contents are not.
         """
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
@@ -105,6 +120,18 @@ class Method(Protocol):
         """ "ready", "missing", "failed" or "detached": what the storage and the domains say now.
 
         `domains` are all that there are, by UUID.
+        """
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """A Method that can tell of trouble to come, too."""
+
+    def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
+        """What will soon go wrong with a snapshot or because of it: sentences by their codes.
+
+        Asked every half minute; a caller is told of a code when it appears. The sentences go to
+        everybody, so they name no path. `domains` are all that there are, by UUID.
         """
 
 

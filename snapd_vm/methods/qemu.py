@@ -49,14 +49,28 @@ class Qemu:
     """See the top of the file."""
 
     name = "qemu"
+    redirects = True
 
-    def __init__(self, hypervisor: Hypervisor, overlay_dirs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        overlay_dirs: Sequence[str],
+        commit_bandwidth: int,
+        low_space_percent: int,
+    ) -> None:
+        """See config.QemuConfig, but `commit_bandwidth` is in bytes a second here."""
         self._hypervisor = hypervisor
+        self._commit_bandwidth = commit_bandwidth
+        self._low_space_percent = low_space_percent
         self._overlay_dirs = overlay_dirs
         # Operations, and their disks, after which QEMU has no node that libvirt does not know:
         # those of this process in which libvirt has not gone away in the middle of the switch. Only
         # for the others is QEMU's monitor asked, as that marks the domain.
         self._in_order: set[tuple[str, str]] = set()
+
+    def suits(self, disk: Disk) -> str:
+        """See Method."""
+        return f"a {disk.format} image on a {disk.type} source"
 
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
@@ -84,7 +98,7 @@ class Qemu:
             raise MethodNotSupported(
                 f"Disk {disk.target} is a slice of its image, and an overlay would be of the whole."
             )
-        persistent = next((d for d in domain.persistent_disks if d.target == disk.target), None)
+        persistent = domain.persistent_disk(disk.target)
         follows = persistent is not None and _same_file(persistent.path, disk.path)
         return Target(
             method=self.name,
@@ -97,6 +111,7 @@ class Qemu:
                 "origin_format": disk.format,
                 "persistent": follows or not domain.active,
                 "overlay": overlay.fit(self._overlay_path(disk, request, tag)),
+                "chain": 1 + len(disk.chain),
                 "others": [d.target for d in domain.disks if d.target != disk.target],
             },
         )
@@ -145,6 +160,7 @@ class Qemu:
                 "Two of the disks would have the same overlay; name the overlays in their methods."
             )
         needed, available, warnings = 0, 0, list[str]()
+        chains = {target.disk: _chain(target) + 1 for target in targets}
         for target in targets:
             found = Layer.of(target)
             self._check_domain(found, target.disk)
@@ -171,7 +187,7 @@ class Qemu:
                     f"The overlay of disk {target.disk} may grow to {target.size} bytes, and "
                     f"{available} are free; the guest stops when there are none."
                 )
-        return Needs(needed, available, tuple(warnings))
+        return Needs(needed, available, tuple(warnings), chains)
 
     def _check_domain(self, found: Layer, disk: str) -> None:
         if found.instance != -1:
@@ -248,7 +264,7 @@ class Qemu:
             return False
         self._in_order.discard((tag.uuid, target.disk))
         if domain.active and found.persistent:
-            persistent = next((d for d in domain.persistent_disks if d.target == target.disk), None)
+            persistent = domain.persistent_disk(target.disk)
             if persistent is not None and _same_file(persistent.path, found.origin):
                 # libvirt follows where both say it in the same words, and wants to be alive.
                 log.warning(
@@ -275,7 +291,9 @@ class Qemu:
 
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """See Method and commit.delete."""
-        commit.delete(self._hypervisor, Layer.of(target), target.disk, watch)
+        commit.delete(
+            self._hypervisor, Layer.of(target), target.disk, watch, self._commit_bandwidth
+        )
 
     def moved(self, deleted: Target, other: Target) -> Target | None:
         """The other's source was the overlay that has gone into the deleted one's source."""
@@ -339,6 +357,35 @@ class Qemu:
         read = storage.backing_chain(taken.path) if taken.format != "raw" else ()
         below = {storage.file_id(path) for path in (*taken.chain, *read)}
         return "ready" if origin in below else "detached"
+
+    def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
+        """See Warns: the overlay that the domain writes to may soon have no room to grow."""
+        found = Layer.of(target)
+        domain = domains.get(found.domain)
+        disk = domain.disk(target.disk) if domain is not None else None
+        if disk is None or not _same_file(disk.path, found.path):
+            return {}  # it grows no more
+        folder = os.path.dirname(found.path)
+        if not storage.space_below(folder, self._low_space_percent):
+            return {}
+        return {
+            "low-space": f"Disk {target.disk} is written to a file system with "
+            f"{storage.space_available(folder)} bytes left, and the guest stops when there are "
+            "none; make room, or delete snapshots."
+        }
+
+
+def _chain(target: Target) -> int:
+    """How many images the disk's chain has: as libvirt tells of a domain that runs, else as read.
+
+    Of a domain that is off libvirt knows what its definition says, which may be nothing.
+    """
+    found, told = Layer.of(target), target.data["chain"]
+    if found.instance != -1 and isinstance(told, int):
+        return told
+    if found.origin_format == "raw":
+        return 1
+    return 1 + sum(1 for _ in storage.backing_chain(found.origin))
 
 
 def _same_file(path: str, other: str) -> bool:

@@ -7,17 +7,16 @@ keep-alive within 20 s, a call on a domain with a stuck job after 30 s (qemu dri
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import libvirt
 from lxml import etree
 
-from snapd_vm.errors import Cancelled, StorageFailed, TimedOut
+from snapd_vm.errors import StorageFailed
 from snapd_vm.model import Domain
-from snapd_vm.virt import domainxml, mend, users
+from snapd_vm.virt import blockcommit, domainxml, mend, users
 from snapd_vm.virt.agent import Agent
 from snapd_vm.virt.agentlibvirt import LibvirtAgent
 from snapd_vm.virt.agentsocket import SocketAgent
@@ -36,24 +35,12 @@ _STATES = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 
-_STALLED_S = 600
-_PIVOT_LIMIT_S = 60.0
-
 _SNAPSHOT_FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
-
-
-class Watch(Protocol):
-    """Who watches a block job; see methods.method.Watch."""
-
-    @property
-    def cancelled(self) -> bool: ...
-    def progress(self, done: int, total: int) -> None: ...
-    def past_return(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,21 +194,12 @@ class Hypervisor:
         with self._pool.domain(uuid) as domain:
             domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS)
 
-    def commit(self, uuid: str, target: str, base: str, top: str, watch: Watch) -> None:
-        """Commit `top` of a disk's chain into `base`, its backing file, while the domain runs.
-
-        `top` '' is the active image: the domain pivots back to `base` then. The base is always
-        given, as without it the bottom of the chain is written to (virDomainBlockCommit). A job
-        that runs already on the disk, as after a restart of ours, is taken up. Raises Cancelled,
-        StorageFailed, and TimedOut where the job makes no progress for a long time.
-        """
-        flags = 0
-        if not top:
-            flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+    def commit(
+        self, uuid: str, target: str, base: str, top: str, bandwidth: int, watch: blockcommit.Watch
+    ) -> None:
+        """Commit an image of a running domain's disk into its backing file; see blockcommit.py."""
         with self._pool.domain(uuid) as domain:
-            if not domain.blockJobInfo(target):
-                domain.blockCommit(target, base, top or None, 0, flags)
-            _follow(domain, target, watch, active=not top)
+            blockcommit.commit(domain, target, base, top, bandwidth, watch)
 
     def pool_folders(self) -> Sequence[str]:
         """The folders of the active storage pools that are folders (dir, fs, netfs)."""
@@ -256,43 +234,6 @@ def _if_supported(call: Callable[[], T]) -> T | None:
         if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
             return None
         raise
-
-
-def _follow(domain: libvirt.virDomain, target: str, watch: Watch, *, active: bool) -> None:
-    """Wait for a block job's end; an active one is pivoted once it is ready."""
-    last, moved = (-1, -1), time.monotonic()
-    pause = 0.005
-    while info := domain.blockJobInfo(target):
-        now = (int(info["cur"]), int(info["end"]))
-        watch.progress(*now)
-        if watch.cancelled:
-            domain.blockJobAbort(target)
-            raise Cancelled("The commit was cancelled; the snapshot is as it was.")
-        if active and now[0] == now[1] and domainxml.mirror_ready(domain.XMLDesc(), target):
-            watch.past_return()
-            _pivot(domain, target)
-            return
-        if now != last:
-            last, moved = now, time.monotonic()
-        elif time.monotonic() > moved + _STALLED_S:
-            domain.blockJobAbort(target)
-            raise TimedOut(f"The commit of disk {target} made no progress for {_STALLED_S} s.")
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
-
-
-def _pivot(domain: libvirt.virDomain, target: str) -> None:
-    """Pivot; "not ready" although it was announced happens, and is tried again."""
-    deadline = time.monotonic() + _PIVOT_LIMIT_S
-    while True:
-        try:
-            domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-            return
-        except libvirt.libvirtError as error:
-            not_ready = error.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
-            if not not_ready or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 def _definitions(connection: libvirt.virConnect) -> list[Domain]:

@@ -70,7 +70,10 @@ def _identities(paths: Iterable[str]) -> set[FileId]:
 
 
 def _images(folders: Iterable[str]) -> Iterator[str]:
-    """The files in the folders, each folder once; a folder under /dev holds no images."""
+    """The files in the folders, each folder once; a folder under /dev holds no images.
+
+    Snapshots of ours are left out: they are whole, and of a raw one the guest wrote the header.
+    """
     for folder in {os.path.realpath(folder) for folder in folders if folder}:
         if folder == "/dev" or folder.startswith("/dev/"):
             continue
@@ -79,7 +82,7 @@ def _images(folders: Iterable[str]) -> Iterator[str]:
                 for number, entry in enumerate(entries):
                     if number >= _MOST_IMAGES:
                         break
-                    if entry.is_file():
+                    if entry.is_file() and not storage.is_marked(entry.path):
                         yield entry.path
         except OSError:
             continue

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import domains, services, snapshots
-from tests.bench.report import Figures, of_services, of_snapshots
+from tests.bench import deletes, domains, services, snapshots
+from tests.bench.report import Figures, of_deletes, of_services, of_snapshots
 from tests.bench.snapshots import Seen
 from tests.bench.ways import LIBVIRT, TARGET, PlainCaller, all_ways
 from tests.lab.deadline import LabError, wait_until
@@ -22,7 +22,7 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.process import end
 
-PARTS = ("services", "one", "two", "domains")
+PARTS = ("services", "one", "two", "domains", "delete")
 FRESH_EVERY = 5
 """Rounds after which our daemon starts anew: its old snapshots are undone behind its back here."""
 QUIET = 0.5
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="of each way (default: 20)")
     parser.add_argument("--starts", type=int, default=10, help="of each service (default: 10)")
+    parser.add_argument("--deletes", type=int, default=3, help="of 1 GiB each (default: 3)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="these parts only")
     options = parser.parse_args(arguments)
     if os.geteuid() != 0:
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
                 of_services(found, figures)
             if "domains" in options.only:
                 figures.domains(domains.measure(lab, ours))
+            if "delete" in options.only:
+                of_deletes(deletes.measure(lab, ours, options.deletes), figures)
             if {"one", "two"} & set(options.only):
                 dbus = lab.run.start(
                     "libvirt-dbus",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.bench.deletes import Deleted
 from tests.bench.series import Series, ratio, table
 from tests.bench.services import Service
 from tests.bench.snapshots import Seen
@@ -50,6 +51,15 @@ def of_services(found: Sequence[Service], figures: Figures) -> None:
     target = f"under firewalld's {firewalld.median:.0f} ms" if firewalld else "under firewalld's"
     figures.add("start to name held", str(ours.start), target)
     figures.add("idle memory, RSS (PSS)", f"{ours.rss:.1f} MB ({ours.pss:.1f} MB)", "under 40 MB")
+
+
+def of_deletes(found: tuple[Deleted, Deleted], figures: Figures) -> None:
+    """Time and stall of a delete of 1 GiB, beside virsh's."""
+    rows = [(one.who, str(one.calls), str(one.stalls)) for one in found]
+    print("\nDelete of an overlay of 1 GiB\n\n" + table(("who", "time", "longest stall"), rows))
+    ours, virsh = found
+    figures.add("delete of 1 GiB, to virsh's", ratio(ours.calls, virsh.calls), "under 1.10")
+    figures.add("stall at the pivot, to virsh's", ratio(ours.stalls, virsh.stalls), "")
 
 
 def of_snapshots(count: int, seen: Sequence[Seen], figures: Figures) -> None:

@@ -17,6 +17,8 @@ from tests.lab.program import CHECKOUT
 from tests.lab.run import Run
 
 ARGV = (sys.executable, "-m", "snapd_vm", "daemon")
+LIMITS = {"snapshot_limit": 200, "chain_limit": 200}
+"""Tests that share a guest make more snapshots of it than anybody should."""
 
 
 def toml(values: Mapping[str, Any], prefix: str = "") -> str:
@@ -86,15 +88,16 @@ class Daemon:
     ) -> None:
         """Start it, and wait until it owns its name; `wait=0` does not wait.
 
-        `config` holds what differs from the lab's own (uri, state_dir), tables as dicts; `argv`, to
-        which `--config FILE` is added, is another way to start it. With none of them it starts as
-        it did the last time.
+        `config` holds what differs from the lab's own (uri, state_dir, LIMITS), tables as dicts;
+        `argv`, to which `--config FILE` is added, is another way to start it. With none of them it
+        starts as it did the last time.
         """
         if self.running:
             raise LabError("the daemon runs already")
         if config is not None or argv is not None or env is not None:
             self.config, self.argv, self.env = dict(config or {}), argv or ARGV, env or {}
-        whole = {"uri": self._libvirtd.uri, "state_dir": str(self.state_dir), **self.config}
+        own = {"uri": self._libvirtd.uri, "state_dir": str(self.state_dir), **LIMITS}
+        whole = {**own, **self.config}
         self.config_file.write_text(toml(whole))
         self._process = self._run.start(
             "daemon",

@@ -28,7 +28,7 @@ from tests.real.window import open_window
 class Slow:
     """A storage method for files of the test driver's domains; a snapshot takes `seconds`."""
 
-    name = "reflink"
+    name = "slow"
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -57,6 +57,11 @@ class Slow:
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         time.sleep(self._seconds)
         self._taken.add(tag.uuid)
+
+    redirects = False
+
+    def suits(self, disk: Disk) -> str:
+        return "any disk"
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         return tag.uuid in self._taken

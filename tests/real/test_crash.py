@@ -1,23 +1,31 @@
-"""The daemon killed at every step of a Create: the snapshot is there then, or nothing of it."""
+"""The daemon killed at every step of a Create or Delete, with each method.
+
+The snapshot is there then, or nothing of it. A further method is one more Subject.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from lxml import etree
 
-from snapd_vm.engine.journal import Step
+from snapd_vm.engine.journal import DeleteStep, Step
+from tests.lab.daemon import Daemon
 from tests.lab.deadline import wait_until
+from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import attempt
+from tests.lab.program import attempt, run
 from tests.real import images
-from tests.real.api import QUIESCE_REQUIRED, Api, ApiError
+from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
 from tests.real.conftest import Connect
 
 FAULTY = (sys.executable, "-m", "tests.real.faulty_daemon")
@@ -46,7 +54,8 @@ def files_of(guest: Guest) -> set[str]:
     """Everything in the folder of the guest's disk that belongs to its disk, drafts too."""
     folder = guest.disk().path.parent
     stem = guest.disk().path.stem
-    return {name for name in os.listdir(folder) if name.startswith((stem, ".snapd-vm"))}
+    ours = (stem, ".snapd-vm", "snapd-vm")
+    return {name for name in os.listdir(folder) if name.startswith(ours)}
 
 
 async def agrees(api: Api, guest: Guest, files_before: set[str], file_before: str) -> str:
@@ -72,11 +81,75 @@ async def agrees(api: Api, guest: Guest, files_before: set[str], file_before: st
     return "snapshot"
 
 
+async def agrees_reflink(
+    daemon: Daemon, api: Api, guest: Guest, files_before: set[str], file_before: str
+) -> str:
+    """The same where the domain stays on its file, and a clone stands beside it."""
+    wait_until("the guest is thawed", lambda: not guest.agent_says_frozen(), 20)
+    guest.writes_go_on()
+    assert guest.state == "running"
+    assert active_file(guest) == active_file(guest, 2) == file_before
+    snapshots = await api.snapshots_of(guest)
+    new = files_of(guest) - files_before
+    assert not unnamed(daemon)
+    if not snapshots:
+        assert not new
+        return "nothing"
+    ((path, told),) = snapshots.items()
+    assert told["State"] == "ready"
+    assert await api.call(path, SNAPSHOT, "GetModifiedDisk") == [""]
+    source = etree.fromstring(await api.backup_source(path))
+    assert {os.path.basename(source.get("file") or "")} == new
+    assert "i" in run("lsattr", source.get("file") or "").split()[0]
+    assert os.path.getsize(source.get("file") or "") == os.path.getsize(file_before)
+    return "snapshot"
+
+
+def unnamed(daemon: Daemon) -> list[str]:
+    """Files without a name in folders of images that the daemon still has open."""
+    links = []
+    for entry in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(entry))
+    return [link for link in links if link.endswith(" (deleted)") and "/#" in link]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A guest whose disks one method takes by default.
+
+    `agrees` asserts that the snapshot is there, whole, or nothing of it, and says which; `stands`
+    is the first step at which a kill leaves a snapshot.
+    """
+
+    method: str
+    guest: Guest
+    agrees: Callable[[Api, Guest, set[str], str], Awaitable[str]]
+    stands: Step
+
+
+@pytest.fixture(scope="module", params=["qemu", "reflink"])
+def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
+    """Each method in turn."""
+    if request.param == "qemu":
+        running = lab.guest()
+        yield Subject("qemu", running, agrees, Step.SWITCHED)
+        running.remove()
+        return
+    mounted = lab.block.mounted("xfs", 4096)
+    running = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
+    # Before its name is given, when it is read back, the clone goes with the daemon.
+    yield Subject("reflink", running, partial(agrees_reflink, lab.daemon), Step.READ_BACK)
+    running.remove()
+    mounted.unmount()
+
+
 @pytest.mark.parametrize("flags", [0, QUIESCE_REQUIRED])
-@pytest.mark.parametrize("step", list(Step))
+@pytest.mark.parametrize("step", [s for s in Step if s is not Step.STOPPED])
 async def test_killed_at(
-    connect: Connect, faulty: Lab, guest: Guest, scratch: Path, step: Step, flags: int
+    connect: Connect, faulty: Lab, subject: Subject, scratch: Path, step: Step, flags: int
 ) -> None:
+    guest = subject.guest
     before, file_before = files_of(guest), active_file(guest)
     guest.write("vda", "mark", f"{step}-{flags}")
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
@@ -86,29 +159,55 @@ async def test_killed_at(
     assert error.value.name == "org.freedesktop.DBus.Error.NoReply"
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
     faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
-    outcome = await agrees(api, guest, before, file_before)
-    expected = (
-        "snapshot" if list(Step).index(step) >= list(Step).index(Step.SWITCHED) else "nothing"
-    )
-    assert outcome == expected
+    outcome = await subject.agrees(api, guest, before, file_before)
+    steps = list(Step)
+    stands = steps.index(step) >= steps.index(subject.stands)
+    assert outcome == ("snapshot" if stands else "nothing")
     assert guest.read("vda", "mark") == f"{step}-{flags}"
     created = await api.create(guest, flags=QUIESCE_REQUIRED)  # and all is well again
     raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
     assert images.is_clean(raw)
 
 
-@pytest.mark.parametrize("step", [s for s in Step if s not in (Step.CHECKED, Step.ENDED)])
+@pytest.mark.parametrize(
+    "step", [s for s in Step if s not in (Step.CHECKED, Step.STOPPED, Step.ENDED)]
+)
 async def test_an_error_at_any_step_undoes_all(
-    connect: Connect, faulty: Lab, guest: Guest, step: Step
+    connect: Connect, faulty: Lab, subject: Subject, step: Step
 ) -> None:
+    guest = subject.guest
     before, file_before = files_of(guest), active_file(guest)
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "raise"))
     api = await connect()
     with pytest.raises(ApiError) as error:
         await api.create(guest, name=f"raised-{step}")
     assert error.value.name == "StorageFailed"
-    assert await agrees(api, guest, before, file_before) == "nothing"
+    assert await subject.agrees(api, guest, before, file_before) == "nothing"
     await api.create(guest, name=f"raised-{step}")  # the name is free, and the domain
+
+
+@pytest.mark.parametrize("step", list(DeleteStep))
+async def test_killed_in_a_delete_at(
+    connect: Connect, faulty: Lab, subject: Subject, step: DeleteStep
+) -> None:
+    guest = subject.guest
+    before, file_before = files_of(guest), active_file(guest)
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    api = await connect()
+    created = await api.create(guest)
+    assert (await api.properties(created.snapshot, SNAPSHOT))["Method"] == subject.method
+    guest.write("vda", "mark", f"delete-{step}")
+    with pytest.raises(ApiError) as error:
+        await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+    assert error.value.name == "org.freedesktop.DBus.Error.NoReply"
+    await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
+    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    outcome = await subject.agrees(api, guest, before, file_before)
+    assert outcome == ("snapshot" if step is DeleteStep.CHECKED else "nothing")
+    for path in await api.snapshots_of(guest):
+        await api.call(path, SNAPSHOT, "Delete", "u", 0)
+    assert files_of(guest) == before
+    assert guest.read("vda", "mark") == f"delete-{step}"
 
 
 async def test_what_a_dead_daemon_left_frozen_is_thawed_by_exec_stop_post(

@@ -203,7 +203,7 @@ async def test_quiesce_required_fails_for_a_paused_domain(api: Api, lab: Lab) ->
 async def test_other_disks_are_untouched(api: Api, lab: Lab) -> None:
     guest = lab.guest([DiskSpec(), DiskSpec(format="raw")])
     before = etree.fromstring(guest.domain.XMLDesc()).findall("devices/disk")
-    await api.create(guest, "<disk><target dev='vdb'/></disk>")
+    await api.create(guest, "<disk><target dev='vdb'/></disk>", "<diskSnapshot method='qemu'/>")
     after = etree.fromstring(guest.domain.XMLDesc()).findall("devices/disk")
     assert etree.tostring(before[0]) == etree.tostring(after[0])
     assert etree.tostring(before[1]) != etree.tostring(after[1])

@@ -40,10 +40,13 @@ async def delete(api: Api, created: Created) -> str:
 
 async def chain_of(api: Api, guest: Guest, count: int) -> list[Created]:
     """So many snapshots on top of one another, with a mark of the guest's before each."""
+    qemu = "<diskSnapshot method='qemu'/>"
     found = []
     for number in range(count):
         guest.write("vda", f"mark{number}", f"text-{number}")
-        found.append(await api.create(guest, name=f"s{number}", flags=QUIESCE_REQUIRED))
+        found.append(
+            await api.create(guest, method_xml=qemu, name=f"s{number}", flags=QUIESCE_REQUIRED)
+        )
     guest.write("vda", f"mark{count}", f"text-{count}")
     return found
 

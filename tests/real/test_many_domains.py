@@ -211,14 +211,14 @@ async def test_create_on_a_driver_that_lacks_half_of_libvirt(
     api = await connect()
     path = domain_path(uuid_of(0))
     plan = (await api.call(path, DOMAIN, "Plan", "sssu", VDA, "", "", 0))[0]
-    assert (plan["method"], plan["consistency"]) == ("reflink", "crash")
+    assert (plan["method"], plan["consistency"]) == ("slow", "crash")
     modified, source = await api.call(path, NAME, "Create", "sssu", VDA, "", "half", 0)
     assert modified == ""
     assert "/nowhere/d0-vda.img" in source
     names = [r["Name"] for r in (await api.snapshots()).values() if r["DomainUUID"] == uuid_of(0)]
     assert "half" in names
     disks = (await api.call(path, DOMAIN, "Disks"))[0]
-    assert [disk["method"] for disk in disks] == ["reflink", "reflink"]
+    assert [disk["method"] for disk in disks] == ["slow", "slow"]
     with pytest.raises(ApiError) as error:
         await api.call(path, NAME, "Create", "sssu", VDA, "", "", QUIESCE_REQUIRED)
     assert error.value.name == "AgentUnavailable"

@@ -28,6 +28,8 @@ from tests.real.places import (
     with_image,
 )
 
+QEMU = "<diskSnapshot method='qemu'/>"
+
 
 @pytest.fixture
 def places(lab: Lab) -> Iterator[Places]:
@@ -259,10 +261,10 @@ async def test_nor_once_that_disk_is_a_snapshots_base(
     forged = forge(folder / "raw.img", golden.disk().path)
     attacker = places.guest(with_image(forged, "raw"))
     await places.known(api)
-    created = await api.create(attacker)
+    created = await api.create(attacker, method_xml=QEMU)
     assert (created.file, created.ours("format")) == (str(forged), "raw")
     await api.create(golden)
-    await api.create(attacker)
+    await api.create(attacker, method_xml=QEMU)
 
 
 async def test_a_snapshot_of_a_forged_disk_is_the_raw_disk(
@@ -271,7 +273,7 @@ async def test_a_snapshot_of_a_forged_disk_is_the_raw_disk(
     forged = forge(places.folder() / "raw.img", "/etc/passwd")
     attacker = places.guest(with_image(forged, "raw"))
     await places.known(api)
-    created = await api.create(attacker)
+    created = await api.create(attacker, method_xml=QEMU)
     assert images.info(created.overlay)["backing-filename-format"] == "raw"
     assert "/etc/passwd" not in created.backup_source + created.modified_disk
 

@@ -1,0 +1,308 @@
+"""The method `reflink`: a clone of the disk's file by FICLONE, beside it, made immutable.
+
+The domain goes on with its own file and notices nothing; the clone is the snapshot. Only raw images
+are taken: what QEMU has in memory of any other, the file does not hold while QEMU runs.
+
+The clone's name, `snapd-vm-` and the snapshot's UUID, is no hidden one: whoever looks for what uses
+up the room shall see it. It is given once the clone is whole, so before a kill nothing has a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lxml import etree
+
+from snapd_vm import storage
+from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
+from snapd_vm.methods import clone
+from snapd_vm.methods.clonetarget import CloneTarget
+from snapd_vm.methods.method import Record, Watch
+from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
+from snapd_vm.storage import FileId
+
+log = logging.getLogger(__name__)
+
+_RESERVE = 1 << 20
+"""Bytes that must be free: the clone takes none of its own but for its map, and a guest that
+overwrites what is shared needs new room at once."""
+
+_MOST_LINKS = 40  # as in the kernel, path_resolution(7)
+
+
+class Hypervisor(Protocol):
+    """What the method needs of the hypervisor; blocking, raises SnapdErrors."""
+
+    def user_of(self, path: str, uuid: str, target: str) -> str: ...
+    def qemu_user(self) -> tuple[int, int]: ...
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Descriptors of the image and of the clone that has no name yet."""
+
+    image: int
+    clone: int
+    whole: bool = False
+
+    def close(self) -> None:
+        os.close(self.image)
+        os.close(self.clone)
+
+
+class Reflink:
+    """See the top of the file."""
+
+    name = "reflink"
+    redirects = False
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._hypervisor = hypervisor
+        self._drafts: dict[tuple[str, str], _Draft] = {}
+
+    def suits(self, disk: Disk) -> str:
+        """See Method."""
+        return f"a {disk.format} file that can be cloned"
+
+    def claim(
+        self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
+    ) -> Target | None:
+        """See Method. Whether the file system can clone is tried here only if nobody asked."""
+        image = os.path.realpath(disk.path)
+        problem = _unfit(disk)
+        identity = None if problem else _regular(image)
+        if not problem and identity is None:
+            problem = f"The image of disk {disk.target} is not there, or not a file."
+        if request is None and (problem or not clone.is_possible(os.path.dirname(image))):
+            return None
+        if identity is None:
+            raise MethodNotSupported(problem)
+        return Target(
+            method=self.name,
+            disk=disk.target,
+            data={
+                "snapshot": tag.uuid,
+                "domain": domain.uuid,
+                "active": domain.active,
+                "declared": disk.path,
+                "image": image,
+                "image_device": identity.device,
+                "image_inode": identity.inode,
+                "clone": os.path.join(os.path.dirname(image), tag.storage_name),
+            },
+        )
+
+    def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
+        """The clone."""
+        path = CloneTarget.of(target).path
+        try:
+            source = etree.tostring(etree.Element("source", file=path), encoding="unicode")
+        except ValueError:  # where a symlink leads to, libvirt has not looked at
+            raise StorageFailed(
+                "The path of the image behind a symlink has characters that XML can't hold."
+            ) from None
+        return dataclasses.replace(disk, type="file", path=path, source_xml=source), "raw"
+
+    def size(self, target: Target) -> int:
+        """The file's size, as QEMU sees it."""
+        return storage.virtual_size(CloneTarget.of(target).image, "raw")
+
+    def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
+        """See Method. Cloning is tried on a file that never has a name."""
+        available, warnings = 0, list[str]()
+        for target in targets:
+            copy = CloneTarget.of(target)
+            self._check_links(copy)
+            with self._folder(copy.folder) as folder:
+                if _exists(folder, copy.name):
+                    raise NameInUse(f"There is a file {copy.path} already; move it away.")
+                if storage.read_only(copy.folder):
+                    raise StorageFailed(f"The folder {copy.folder} is read-only.")
+                available = storage.space_available(copy.folder)
+                if available < _RESERVE * len(targets):
+                    raise NoSpace(
+                        f"The folder {copy.folder} has {available} bytes left; what the guest "
+                        "overwrites after the snapshot needs new room, so make some first."
+                    )
+                if not copy.active and storage.write_locked(copy.image):
+                    raise Busy(
+                        f"The image of disk {target.disk} is open for writing by another process."
+                    )
+                image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
+                try:
+                    clone.try_with(folder, image, tag)
+                    used = os.fstat(image).st_blocks * 512
+                finally:
+                    os.close(image)
+            if available < used:
+                warnings.append(
+                    f"As the guest overwrites disk {target.disk}, up to {used} bytes more are "
+                    f"needed, and {available} are free; the guest stops when there are none."
+                )
+        return Needs(_RESERVE * len(targets), available, tuple(warnings))
+
+    def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
+        """Open the images and make files without a name, to which the clones then only go.
+
+        What the host has not written yet is written now, as FICLONE would do so in the freeze.
+        """
+        prepared = []
+        for target in targets:
+            copy = CloneTarget.of(target)
+            with self._folder(copy.folder) as folder:
+                image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
+                try:
+                    os.fdatasync(image)
+                    made = clone.make(folder, image, dataclasses.replace(tag, uuid=copy.snapshot))
+                except BaseException as error:
+                    os.close(image)
+                    if isinstance(error, OSError):
+                        raise StorageFailed(
+                            f"The image {copy.image} can't be written out: {error.strerror}."
+                        ) from error
+                    raise
+            self._drafts[tag.uuid, target.disk] = _Draft(image, made)
+            data: dict[str, Json] = {**target.data, "inode": os.fstat(made).st_ino}
+            prepared.append(dataclasses.replace(target, data=data))
+        record(prepared)
+        return prepared
+
+    def create(self, targets: Sequence[Target], tag: Tag) -> None:
+        """One FICLONE each, and nothing else."""
+        for target in targets:
+            draft = self._drafts[tag.uuid, target.disk]
+            clone.share(draft.image, draft.clone)
+            draft.whole = True
+
+    def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
+        """Whether the clone is there under its name, which it is given here once it is whole."""
+        copy = CloneTarget.of(target)
+        draft = self._drafts.get((tag.uuid, target.disk))
+        if draft is not None:
+            if not draft.whole:
+                return False
+            with self._folder(copy.folder) as folder:
+                clone.give_name(folder, draft.clone, copy.name)
+            self._close(target, tag)
+        own = clone.open_own(copy.path, copy.snapshot, copy.inode)
+        if own is None:
+            return False
+        try:
+            if not clone.protect(own):
+                log.warning("%s can't be made immutable; it can be read only", copy.path)
+        finally:
+            os.close(own)
+        return True
+
+    def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
+        """See Method. A clone without a name goes with its descriptor."""
+        unnamed = self._close(target, tag)
+        copy = CloneTarget.of(target)
+        if copy.inode == 0:  # nothing of it was made that could have got a name
+            return unnamed
+        return self._remove(copy) or unnamed
+
+    def check_delete(self, target: Target, tag: Tag) -> None:
+        """Refused while anybody reads the clone, or an image or definition names it."""
+        copy = CloneTarget.of(target)
+        user = self._hypervisor.user_of(copy.path, "", "")
+        if user:
+            raise Busy(f"The snapshot is used by {user}.")
+        reader = storage.reader_of(copy.path, "")
+        if reader:
+            raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
+
+    def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """Remove the clone."""
+        watch.past_return()
+        self._remove(CloneTarget.of(target))
+
+    def moved(self, deleted: Target, other: Target) -> Target | None:
+        """No clone depends on another."""
+        return None
+
+    def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
+        """See Method. A clone stands by itself, whatever becomes of its domain."""
+        copy = CloneTarget.of(target)
+        own = clone.open_own(copy.path, copy.snapshot, copy.inode)
+        if own is None:
+            return "missing"
+        os.close(own)
+        identity = storage.file_id(copy.path)
+        for domain in domains.values():
+            for disk in (*domain.disks, *domain.persistent_disks):
+                if not disk.readonly and disk.path and storage.file_id(disk.path) == identity:
+                    return "failed"
+        return "ready"
+
+    def _folder(self, folder: str) -> contextlib.AbstractContextManager[int]:
+        uid, gid = self._hypervisor.qemu_user()
+        return storage.open_folder(folder, {0, uid}, {0, gid})
+
+    def _check_links(self, copy: CloneTarget) -> None:
+        """Where the image's path is a symlink, only root and QEMU's user may have made it."""
+        path = copy.declared
+        for _ in range(_MOST_LINKS):
+            with self._folder(os.path.dirname(path)) as folder:
+                try:
+                    link = os.readlink(os.path.basename(path), dir_fd=folder)
+                except OSError:  # EINVAL: no symlink
+                    break
+            path = os.path.join(os.path.dirname(path), link)
+        if os.path.realpath(path) != copy.image:
+            raise StorageFailed(f"The image {copy.declared} was replaced meanwhile; try again.")
+
+    def _remove(self, copy: CloneTarget) -> bool:
+        with self._folder(copy.folder) as folder:
+            removed = clone.remove(folder, copy.name, copy.snapshot, copy.inode)
+            if removed:
+                log.info("removed %s", copy.path)
+            elif _exists(folder, copy.name):
+                log.warning("%s is not the clone that we made; left alone", copy.path)
+        return removed
+
+    def _close(self, target: Target, tag: Tag) -> bool:
+        draft = self._drafts.pop((tag.uuid, target.disk), None)
+        if draft is None:
+            return False
+        draft.close()
+        return True
+
+
+def _unfit(disk: Disk) -> str:
+    """Why the disk can't be taken, whatever its file system, or ''."""
+    if disk.type != "file":
+        return f"Disk {disk.target} has a {disk.type} source; method reflink takes files."
+    if disk.format != "raw":
+        return (
+            f"Disk {disk.target} has the format '{disk.format}'; method reflink takes raw images, "
+            "so use method qemu."
+        )
+    if disk.encrypted:
+        return f"Disk {disk.target} is encrypted, and its clone would not say with which key."
+    if "<slice" in disk.source_xml:
+        return f"Disk {disk.target} is a slice of its image, and a clone would be of the whole."
+    return ""
+
+
+def _regular(path: str) -> FileId | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return FileId(found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def _exists(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,311 @@
+"""Anything in any order, on a real guest, against a model of what its disk and snapshots hold.
+
+For 60 s, in CI for ten minutes, and for as long as SNAPD_VM_MODEL_S says. What fails prints the
+steps that led to it; it is not shrunk, as each step takes a real guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, ParamSpec
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.bus.clients import Client
+from tests.lab.deadline import wait_until
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.program import run
+from tests.real import images
+from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
+from tests.real.places import file_of
+
+SECONDS = float(os.environ.get("SNAPD_VM_MODEL_S") or (600 if os.environ.get("CI") else 60))
+P = ParamSpec("P")
+MOST = 4
+FILES = ("a", "b", "c")
+WHICH = st.integers(0, MOST * 12)
+
+
+class TimeIsUp(KeyboardInterrupt):
+    """Not a failure: hypothesis lets it through."""
+
+
+class Failed(KeyboardInterrupt):
+    """A failure that hypothesis does not try to repeat: the guest is not what it was before."""
+
+
+def step(function: Callable[P, None]) -> Callable[P, None]:
+    """Notes what is done, and ends all where it fails."""
+
+    @functools.wraps(function)
+    def done(*args: P.args, **kwargs: P.kwargs) -> None:
+        said = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        Model.done.append(f"{function.__name__}({said})")
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            raise Failed("\n".join(["after", *Model.done[-60:]])) from error
+
+    return done
+
+
+@dataclass
+class Known:
+    """A snapshot as it must be; `files` is None where it was taken of a disk that was not clean."""
+
+    path: str
+    checksum: str
+    files: dict[str, str] | None
+
+
+class Model(RuleBasedStateMachine):
+    """The guest's disk and its snapshots.
+
+    What can't be done now is not done: hypothesis draws the same again after the same choices,
+    so no rule may be there or not depending on how a killed daemon's work came out.
+    """
+
+    lab: ClassVar[Lab]
+    guest: ClassVar[Guest]
+    scratch: ClassVar[Path]
+    loop: ClassVar[asyncio.AbstractEventLoop]
+    api: ClassVar[Api]
+    end: ClassVar[float]
+    steps: ClassVar[int] = 0
+    done: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, str] = {}
+        self.known: list[Known] = []
+        self.state = "running"
+        self.clean = True
+        Model.done.append("-- anew")
+
+    def wait(self, what: Awaitable[Any]) -> Any:
+        return self.loop.run_until_complete(what)
+
+    @initialize()
+    @step
+    def begin(self) -> None:
+        assert self.guest.state == "running"
+        for name in FILES:
+            self.write(name, "first")
+
+    # -- what the guest and its keeper do --------------------------------------------------------
+
+    @rule(name=st.sampled_from(FILES), text=st.text("abcdef", min_size=1, max_size=8))
+    @step
+    def write(self, name: str, text: str) -> None:
+        if self.state != "running":
+            return
+        self.guest.write("vda", name, text)
+        self.files[name] = text
+
+    @rule()
+    @step
+    def pause(self) -> None:
+        if self.state != "running":
+            return
+        self.guest.domain.suspend()
+        self.state = "paused"
+
+    @rule()
+    @step
+    def resume(self) -> None:
+        if self.state != "paused":
+            return
+        self.guest.domain.resume()
+        self.state = "running"
+
+    @rule()
+    @step
+    def power_off(self) -> None:
+        if self.state != "running":
+            return
+        self.guest.poweroff()
+        self.state, self.clean = "shutoff", True
+
+    @rule()
+    @step
+    def pull_the_plug(self) -> None:
+        if self.state != "running":
+            return
+        self.guest.destroy()
+        self.state, self.clean = "shutoff", False
+
+    @rule()
+    @step
+    def start(self) -> None:
+        if self.state != "shutoff":
+            return
+        self.guest.start()
+        self.state = "running"
+
+    # -- what is asked of the daemon -------------------------------------------------------------
+
+    @rule(quiesce=st.booleans())
+    @step
+    def create(self, quiesce: bool) -> None:
+        if not (len(self.known) < MOST):
+            return
+        off = self.state == "shutoff" and self.clean
+        whole = off or (self.state == "running" and quiesce)
+        flags = QUIESCE_REQUIRED if whole else NO_QUIESCE
+        self._remember(self.wait(self.api.create(self.guest, flags=flags)), whole=whole)
+
+    def _remember(self, created: Created, *, whole: bool) -> None:
+        files = dict(self.files) if whole else None
+        self.known.append(Known(created.snapshot, self._checksum(created), files))
+
+    @rule(which=WHICH)
+    @step
+    def delete(self, which: int) -> None:
+        if not (self.known):
+            return
+        gone = self.known.pop(which % len(self.known))
+        self.wait(self.api.call(gone.path, SNAPSHOT, "Delete", "u", 0))
+
+    @rule(which=WHICH)
+    @step
+    def read(self, which: int) -> None:
+        if not (self.known):
+            return
+        one = self.known[which % len(self.known)]
+        source = Created("", self.wait(self.api.backup_source(one.path)))
+        assert self._checksum(source) == one.checksum
+        if one.files is not None:
+            raw = images.raw_copy(source.file, source.ours("format"), self.scratch / "raw")
+            assert images.is_clean(raw)
+            for name, text in one.files.items():
+                assert run("debugfs", "-R", f"cat /{name}", raw).strip() == text
+
+    # -- and what goes wrong ---------------------------------------------------------------------
+
+    @rule()
+    @step
+    def restart_the_daemon(self) -> None:
+        self.lab.daemon.restart()
+
+    @rule(after=st.floats(0, 0.2))
+    @step
+    def killed_in_create(self, after: float) -> None:
+        if not (len(self.known) < MOST):
+            return
+        self._killed(self.api.create(self.guest), after)
+        paths = set(self.wait(self.api.snapshots_of(self.guest)))
+        for path in paths - {one.path for one in self.known}:
+            source = Created("", self.wait(self.api.backup_source(path)))
+            self.known.append(Known(path, self._checksum(source), None))
+
+    @rule(after=st.floats(0, 0.4), which=WHICH)
+    @step
+    def killed_in_delete(self, after: float, which: int) -> None:
+        if not (self.known):
+            return
+        one = self.known[which % len(self.known)]
+        self._killed(self.api.call(one.path, SNAPSHOT, "Delete", "u", 0), after)
+        if one.path not in self.wait(self.api.snapshots_of(self.guest)):
+            self.known.remove(one)
+
+    def _killed(self, call: Awaitable[Any], after: float) -> None:
+        """Kill the daemon in mid-call, and wait until the next one has settled everything."""
+
+        async def begin() -> None:
+            task = asyncio.ensure_future(call)
+            await asyncio.sleep(after)
+            self.lab.daemon.kill()
+            try:
+                await task
+            except ApiError as error:
+                assert error.name.endswith(("NoReply", "ServiceUnknown")), error
+
+        self.wait(begin())
+        self.lab.daemon.start()
+
+        def settled() -> bool:
+            rows = self.wait(self.api.snapshots_of(self.guest)).values()
+            return all(row["State"] == "ready" for row in rows)
+
+        wait_until("all is settled", settled, 30, 0.2)
+
+    # -- what must be true all the time ----------------------------------------------------------
+
+    @invariant()
+    @step
+    def the_disk_is_as_the_model_says(self) -> None:
+        if self.state == "running":
+            self.guest.writes_go_on()
+            for name, text in self.files.items():
+                assert self.guest.read("vda", name) == text
+
+    @invariant()
+    @step
+    def the_snapshots_are_as_the_model_says(self) -> None:
+        type(self).steps += 1
+        if time.monotonic() > self.end:
+            raise TimeIsUp
+        rows = self.wait(self.api.snapshots_of(self.guest))
+        assert set(rows) == {one.path for one in self.known}
+        assert {row["State"] for row in rows.values()} <= {"ready"}
+        assert len(images.chain(file_of(self.guest))) == 1 + len(self.known)
+        assert file_of(self.guest) == file_of(self.guest, 2)
+
+    @step
+    def teardown(self) -> None:
+        for one in self.known:
+            self.wait(self.api.call(one.path, SNAPSHOT, "Delete", "u", 0))
+        if self.state == "paused":
+            self.guest.domain.resume()
+        elif self.state == "shutoff":
+            self.guest.start()
+        assert images.chain(file_of(self.guest)) == [str(self.guest.disk().path)]
+
+    def _checksum(self, source: Created) -> str:
+        return images.checksum(source.file, source.ours("format"), self.scratch)
+
+
+@pytest.mark.timeout(SECONDS + 300)
+def test_anything_in_any_order(daemon: Lab, scratch: Path) -> None:
+    """Asserts in its steps; ends when the time is up."""
+    loop = asyncio.new_event_loop()
+    client = loop.run_until_complete(Client.connect(daemon.address))
+    guest = daemon.guest()
+    Model.lab, Model.guest, Model.scratch, Model.loop = daemon, guest, scratch, loop
+    Model.api, Model.end, Model.steps = Api(client), time.monotonic() + SECONDS, 0
+    try:
+        with pytest.raises(TimeIsUp):
+            run_state_machine_as_test(
+                Model,
+                settings=settings(
+                    max_examples=100_000,
+                    stateful_step_count=60,
+                    deadline=None,
+                    database=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        assert Model.steps > SECONDS / 10
+    except Failed as failed:
+        raise AssertionError(str(failed)) from failed.__cause__
+    finally:
+        client.close()
+        loop.close()
+        guest.remove()

@@ -1,0 +1,41 @@
+"""What the configuration says, what it can't say, and that the error names the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from snapd_vm import config
+from snapd_vm.config import Config, ConfigError
+
+
+def test_what_is_not_said_has_its_default() -> None:
+    assert config.parse({}) == Config()
+    found = config.parse({"snapshot_limit": 3, "qemu": {"overlay_dirs": ["/a"]}})
+    assert (found.snapshot_limit, found.chain_limit) == (3, 16)
+    assert found.qemu.overlay_dirs == ("/a",)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"chain_limits": 3}, "unknown key 'chain_limits'"),
+        ({"qemu": {"chain_limit": 3}}, "unknown key 'qemu.chain_limit'"),
+        ({"snapshot_limit": 0}, "'snapshot_limit' must be a whole number from 1 to 200"),
+        ({"chain_limit": 201}, "'chain_limit' must be a whole number from 1 to 200"),
+        ({"chain_limit": True}, "'chain_limit' must be a whole number from 1 to 200"),
+        ({"chain_limit": "16"}, "'chain_limit' must be a whole number from 1 to 200"),
+        ({"qemu": {"commit_bandwidth": -1}}, "'qemu.commit_bandwidth' must be a whole number of"),
+        ({"qemu": {"commit_bandwidth": 1.5}}, "'qemu.commit_bandwidth' must be a whole number of"),
+        ({"qemu": {"low_space_percent": 100}}, "'qemu.low_space_percent' must be a whole number"),
+        ({"lock_timeout_s": 0}, "'lock_timeout_s' must be a whole number of seconds from 1"),
+        ({"qemu": {"overlay_dirs": "/a"}}, "'qemu.overlay_dirs' must be a list of absolute"),
+    ],
+)
+def test_what_makes_no_sense_is_an_error_that_names_the_key(
+    said: Mapping[str, object], why: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.parse(said)
+    assert why in str(error.value)
