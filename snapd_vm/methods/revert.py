@@ -26,8 +26,9 @@ from snapd_vm.errors import (
 )
 from snapd_vm.methods import commit, overlay
 from snapd_vm.methods.folder import open_folder, remove
-from snapd_vm.methods.layer import Image, Layer, images
+from snapd_vm.methods.layer import Image, Layer
 from snapd_vm.methods.method import Record, Watch
+from snapd_vm.methods.revertplan import Plan
 from snapd_vm.model import Disk, Domain, Json, Tag, Target
 
 log = logging.getLogger(__name__)
@@ -41,49 +42,6 @@ class Hypervisor(commit.Hypervisor, Protocol):
     """What is needed of the hypervisor here; blocking, raises SnapdErrors."""
 
     def checkpoints(self, uuid: str) -> bool: ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a revert has written down: the new overlay, the one to discard, and all that we made.
-
-    `below` is what lies below the one to discard. `made` is the new overlay's identity, from the
-    moment on at which there is one.
-    """
-
-    overlay: str
-    size: int
-    discarded: Image
-    known: tuple[Image, ...]
-    below: tuple[Image, ...]
-    made: Image | None
-
-    @classmethod
-    def of(cls, target: Target) -> _Plan:
-        data = target.data["revert"]
-        if not isinstance(data, dict):
-            raise TypeError("no revert was written down")
-        size, made = data["size"], data.get("made")
-        return cls(
-            str(data["overlay"]),
-            size if isinstance(size, int) else 0,
-            Image.of(data["discarded"]),
-            images(data["known"]),
-            images(data["below"]),
-            Image.of(made) if made else None,
-        )
-
-    def into(self, target: Target) -> Target:
-        """The Target with this in it."""
-        data: dict[str, Json] = {
-            "overlay": self.overlay,
-            "size": self.size,
-            "discarded": self.discarded.as_json(),
-            "known": [image.as_json() for image in self.known],
-            "below": [image.as_json() for image in self.below],
-            "made": self.made.as_json() if self.made else None,
-        }
-        return dataclasses.replace(target, data={**target.data, "revert": data})
 
 
 def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
@@ -116,7 +74,7 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Tar
         for path in storage.backing_chain(discarded.path)
         if (found := storage.file_id(path)) is not None
     ]
-    return _Plan(name, size, discarded, known, tuple(below), None).into(target)
+    return Plan(name, size, discarded, known, tuple(below), None).into(target)
 
 
 def _check_off(hypervisor: Hypervisor, domain: Domain) -> None:
@@ -193,7 +151,7 @@ def _check_space(place: str, size: int) -> None:
 
 def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) -> Target:
     """See Reverts.prepare_revert."""
-    plan, layer = _Plan.of(target), Layer.of(target)
+    plan, layer = Plan.of(target), Layer.of(target)
     place, name = os.path.split(plan.overlay)
     with open_folder(hypervisor, place) as fd:
         found = overlay.make(fd, layer.draft(tag), layer.origin, layer.origin_format, plan.size)
@@ -205,7 +163,7 @@ def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) ->
 
 def switch(hypervisor: Hypervisor, target: Target, watch: Watch) -> None:
     """See Reverts.revert. The domain can't start on what is discarded meanwhile: it is locked."""
-    plan, uuid = _Plan.of(target), Layer.of(target).domain
+    plan, uuid = Plan.of(target), Layer.of(target).domain
     watch.past_return()
     with storage.kept_from_writers(plan.discarded.path):
         domain = hypervisor.read(uuid)
@@ -223,7 +181,7 @@ def settle(hypervisor: Hypervisor, target: Target, tag: Tag) -> bool:
 
     The definition decides: what it says is what the next start runs on.
     """
-    plan, layer = _Plan.of(target), Layer.of(target)
+    plan, layer = Plan.of(target), Layer.of(target)
     try:
         domain = hypervisor.read(layer.domain)
     except NoSuchDomain:
@@ -269,7 +227,7 @@ def reverted(target: Target, other: Target) -> Target | None:
     """See Reverts.reverted: each snapshot's overlay is what lies on its origin in the new chain."""
     if (other.method, other.disk) != (target.method, target.disk):
         return None
-    plan, layer = _Plan.of(target), Layer.of(other)
+    plan, layer = Plan.of(target), Layer.of(other)
     known = [*([plan.made] if plan.made else []), *plan.known]
     origin = storage.file_id(layer.origin)
     data = {name: value for name, value in other.data.items() if name not in _OURS}

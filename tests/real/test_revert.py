@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import random
@@ -58,6 +59,14 @@ async def stack(api: Api, guest: Guest, count: int, method: str = "qemu") -> lis
         found.append(await api.create(guest, method_xml=method_xml, name=f"s{number}"))
     put(file_of(guest), 0xEE, count=6)
     return found
+
+
+async def until(api: Api, guest: Guest, created: Created, state: str) -> None:
+    """Wait until the snapshot's State is this."""
+    deadline = asyncio.get_running_loop().time() + 20
+    while (await api.snapshots_of(guest))[created.snapshot]["State"] != state:
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.05)
 
 
 async def contents(api: Api, scratch: Path, stacked: list[Created]) -> list[str]:
