@@ -143,17 +143,61 @@ class LibvirtDBus:
 
     def take(self, guest: Guest, overlay: Path) -> Taken:
         """See Way."""
-        path = f"/org/libvirt/QEMU/domain/_{guest.uuid.replace('-', '_')}"
-        disks = [f"<disk name={quoteattr(disk.target)} snapshot='no'/>" for disk in guest.disks]
-        disks[0] = (
-            f"<disk name='{TARGET}' snapshot='external'>"
-            f"<source file={quoteattr(str(overlay))}/></disk>"
-        )
-        xml = f"<domainsnapshot><disks>{''.join(disks)}</disks></domainsnapshot>"
         took, _ = self._caller.call(
-            LIBVIRT, path, f"{LIBVIRT}.Domain", "SnapshotCreateXML", "su", [xml, LIBVIRT_FLAGS]
+            LIBVIRT,
+            _path(guest),
+            f"{LIBVIRT}.Domain",
+            "SnapshotCreateXML",
+            "su",
+            [_snapshot_xml(guest, overlay), LIBVIRT_FLAGS],
         )
         return Taken(took)
+
+
+class LibvirtDBusSteps:
+    """The same outcome as ours by libvirt-dbus: only what is on the disk is frozen.
+
+    QUIESCE freezes every file system of the guest, and does not tell which disk is in use then. So
+    it is asked what there is, to freeze that, for the snapshot, to thaw, and for the domain's XML.
+    """
+
+    who = "libvirt-dbus, each step"
+    by = "plain client"
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def take(self, guest: Guest, overlay: Path) -> Taken:
+        """See Way. The thaw is asked for whatever becomes of the snapshot."""
+        xml = _snapshot_xml(guest, overlay)
+        seconds, (rows,) = self._ask(guest, "GetFSInfo", "u", 0)
+        mountpoints = [row[0] for row in rows if TARGET in row[3]]
+        seconds += self._ask(guest, "FSFreeze", "asu", mountpoints, 0)[0]
+        try:
+            flags = LIBVIRT_FLAGS & ~libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
+            seconds += self._ask(guest, "SnapshotCreateXML", "su", xml, flags)[0]
+        finally:
+            seconds += self._ask(guest, "FSThaw", "asu", [], 0)[0]
+        seconds += self._ask(guest, "GetXMLDesc", "u", 0)[0]
+        return Taken(seconds)
+
+    def _ask(
+        self, guest: Guest, member: str, signature: str, *body: Any
+    ) -> tuple[float, list[Any]]:
+        domain = f"{LIBVIRT}.Domain"
+        return self._caller.call(LIBVIRT, _path(guest), domain, member, signature, list(body))
+
+
+def _path(guest: Guest) -> str:
+    return f"/org/libvirt/QEMU/domain/_{guest.uuid.replace('-', '_')}"
+
+
+def _snapshot_xml(guest: Guest, overlay: Path) -> str:
+    disks = [f"<disk name={quoteattr(disk.target)} snapshot='no'/>" for disk in guest.disks]
+    disks[0] = (
+        f"<disk name='{TARGET}' snapshot='external'><source file={quoteattr(str(overlay))}/></disk>"
+    )
+    return f"<domainsnapshot><disks>{''.join(disks)}</disks></domainsnapshot>"
 
 
 class Virsh:
@@ -216,6 +260,7 @@ def all_ways(lab: Lab, close_later: Callable[[Callable[[], None]], object]) -> S
         Ours(busctl, "busctl", reader),
         LibvirtDBus(plain, "plain client"),
         LibvirtDBus(busctl, "busctl"),
+        LibvirtDBusSteps(plain),
         Virsh(lab.libvirtd.uri),
         FreezeAndThaw(),
         Nothing(),
