@@ -27,6 +27,9 @@ LONGEST_TEXT = 4096
 SOURCE_ATTRIBUTES = ("file", "dev", "dir", "protocol", "name", "pool", "volume")
 """The attributes of `<source>` that say which storage it is; all others are ignored."""
 
+_MOST_DISKS = 128
+"""Of a CreateSet: reading each takes a millisecond, before anybody has said that the caller may."""
+
 _RNG = "{http://relaxng.org/ns/structure/1.0}"
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
@@ -51,10 +54,10 @@ def set_requests(
 ) -> Sequence[Request]:
     """The requests of a CreateSet: pairs of a `<disk>` and a method's XML or ''.
 
-    Raises InvalidArgs for none, and as create_request does.
+    Raises InvalidArgs for none or too many, and as create_request does.
     """
-    if not disks_and_methods:
-        raise InvalidArgs("Name at least one disk.")
+    if not 0 < len(disks_and_methods) <= _MOST_DISKS:
+        raise InvalidArgs(f"Name at least one disk, and at most {_MOST_DISKS}.")
     return [create_request(disk, method, name, flags) for disk, method in disks_and_methods]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from snapd_vm import __version__
+from snapd_vm import __version__, daemon
 from tests.fake_service import FakeService
 from tests.lab import DiskSpec, Guest, Lab
 
@@ -231,6 +231,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Gues
         yield lab, guest, command
         lab.daemon.stop()
         guest.control.close()
+
+
+def test_systemd_waits_for_as_long_as_the_daemon_may_take_to_end() -> None:
+    unit = (ROOT / "systemd/snapd-vm.service").read_text().splitlines()
+    (limit,) = [line.partition("=")[2] for line in unit if line.startswith("TimeoutStopSec=")]
+    # Calls are answered, then operations are waited for, then threads; and a thaw comes after it.
+    assert int(limit) >= 2 * daemon._STOP_LIMIT_S + daemon._LAST_CALLS_S + 20
+    assert int(limit) >= daemon._THAW_LIMIT_S + 20
 
 
 def test_the_sandbox_of_the_unit_holds() -> None:

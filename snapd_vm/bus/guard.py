@@ -36,6 +36,8 @@ from snapd_vm.errors import Cancelled, Internal, InvalidArgs, SnapdError
 
 log = logging.getLogger(__name__)
 
+_CUT_OFF = "The service stopped before the call's end; when it is back, look at what came of it."
+
 CALLS_PER_SENDER = 64
 CALLS_AT_ONCE = 1024
 ARRAYS_LIMIT = 256 * 1024
@@ -235,7 +237,7 @@ class Guard:
         self._senders[sender] -= 1
         if not self._senders[sender]:
             del self._senders[sender]
-        error = Cancelled("The call was cancelled.") if task.cancelled() else task.exception()
+        error = Cancelled(_CUT_OFF) if task.cancelled() else task.exception()
         if running.sender_left:
             log.info("the caller %s of %s has left", sender, running.call.member)
             if error is not None and not isinstance(error, SnapdError):

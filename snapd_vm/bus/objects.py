@@ -263,13 +263,19 @@ def _together(each: Sequence[Details]) -> Details:
     return replace(
         each[0],
         disk=",".join(details.disk for details in each),
-        method=",".join(details.method for details in each),
+        method=_methods(each),
         named=replace(
             named[0],
             disk=",".join(details.disk for details in named),
-            method=",".join(details.method for details in named),
+            method=_methods(named),
         ),
     )
+
+
+def _methods(each: Sequence[Details]) -> str:
+    """In the disks' order; empty where none was asked for, as for a single disk."""
+    asked = [details.method for details in each]
+    return ",".join(asked) if any(asked) else ""
 
 
 def _snapshot_details(service: Service, snapshot: Snapshot) -> Details:

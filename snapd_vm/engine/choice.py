@@ -76,6 +76,11 @@ class Choices:
         """Each method that takes part, once."""
         return list({choice.method.name: choice.method for choice in self.disks}.values())
 
+    @property
+    def together(self) -> bool:
+        """Whether the disks are taken at one instant, even if the guest goes on meanwhile."""
+        return len(self.disks) == 1 or (len(self.methods) == 1 and self.methods[0].together)
+
 
 def choose(
     world: World, uuid: str, requests: Sequence[Request], names: Mapping[str, Snapshot]

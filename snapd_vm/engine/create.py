@@ -105,8 +105,8 @@ def _take(
     world.reach(Step.CHECKED)
     operation = Operation(tag, flags, drafts(choices, choices.floor))
     world.journal.begin(operation)
-    # Several methods take several moments: nothing may run in between, not even what is not frozen.
-    stops = len(choices.methods) > 1 and domain.active and domain.state != "paused"
+    # What takes several moments: nothing may run in between, not even what is not frozen.
+    stops = not choices.together and domain.active and domain.state != "paused"
     held = False
     holding: Held | None = None
     quiesce: Quiesce | None = None
@@ -173,7 +173,11 @@ def _take(
         put_back = world.beside.submit(survey.agent.close)
         try:
             now = world.hypervisor.read(domain.uuid)
-            consistency = _achieved(choices, now, frozen, stopped=stops, resumed=resumed())
+            moved = (now.id, now.state) != (domain.id, domain.state)
+            moved = moved or (resumed() and not stops)
+            if moved and not choices.together and not frozen.quiesced:
+                raise Busy("The domain was started, stopped or resumed meanwhile; try again.")
+            consistency = _achieved(choices, frozen, stopped=stops, moved=moved)
             snapshots = _read_back(choices, operation, now, consistency, frozen)
         finally:
             wait([put_back])
@@ -190,17 +194,14 @@ def _of(method: str, operation: Operation) -> Sequence[Target]:
 
 
 def _achieved(
-    choices: Choices, now: Domain, frozen: freeze.Frozen, *, stopped: bool, resumed: bool
+    choices: Choices, frozen: freeze.Frozen, *, stopped: bool, moved: bool
 ) -> Consistency:
-    """The consistency that came of it, as far as it is known for certain."""
+    """The consistency that came of it; `moved`: the guest's state may have changed meanwhile."""
     if frozen.quiesced:
         return Consistency.QUIESCED
-    then = choices.domain
-    if (now.id, now.state) != (then.id, then.state):
-        return Consistency.CRASH  # started or stopped meanwhile
-    if stopped:
-        return Consistency.PAUSED
-    return Consistency.CRASH if resumed else choices.floor
+    if moved:
+        return Consistency.CRASH
+    return Consistency.PAUSED if stopped else choices.floor
 
 
 def _read_back(

@@ -270,7 +270,7 @@ class Engine:
         self, uuid: str, requests: Sequence[Request], watch: Running
     ) -> Sequence[Snapshot]:
         world = self._world
-        async with self._locks.hold(uuid, world.config.lock_timeout_s):
+        async with self._locks.hold(uuid, world.config.lock_timeout_s, watch):
             self._require_connection()
             self._resumed.discard(uuid)
             remembered = [self.find(request) for request in requests]
@@ -342,7 +342,7 @@ class Engine:
     ) -> str:
         world = self._world
         uuid = self._shelf.get(snapshot_uuid).domain_uuid
-        async with self._locks.hold(uuid, world.config.lock_timeout_s):
+        async with self._locks.hold(uuid, world.config.lock_timeout_s, watch):
             self._require_connection()
             snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
             others = [one for one in self._shelf.of(uuid) if one.uuid != snapshot_uuid]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 
+from snapd_vm.engine.locks import end
 from snapd_vm.engine.service import Listener
 from snapd_vm.errors import Cancelled, Internal, InvalidState, SnapdError
 from snapd_vm.model import Job, Result
@@ -94,6 +95,8 @@ class Running:
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
         self.over = asyncio.Event()
+        self.patience: asyncio.Timeout | None = None
+        """While it waits for its turn; see locks.py."""
         self._jobs = jobs
         self._job = job
         self._told = False
@@ -145,6 +148,8 @@ class Running:
             if not self._returnable:
                 raise InvalidState("The job can't be cancelled any more; wait for its end.")
             self._cancelled = True
+        if self.patience is not None:
+            end(self.patience)
 
     def give_up(self, *, past_return: bool = False) -> bool:
         """Its caller is told that it has failed, so it is to be undone; whether it can be.

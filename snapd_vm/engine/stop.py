@@ -12,7 +12,7 @@ from typing import Protocol
 
 from snapd_vm.engine.journal import Step
 from snapd_vm.engine.rescue import Rescue
-from snapd_vm.errors import NoSuchDomain, SnapdError, TimedOut
+from snapd_vm.errors import Busy, NoSuchDomain, SnapdError, TimedOut
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class Hypervisor(Protocol):
     """What is needed of it here; blocking, raises SnapdErrors."""
 
     def suspend(self, uuid: str) -> None: ...
-    def resume(self, uuid: str) -> None: ...
+    def resume(self, uuid: str) -> bool: ...
 
 
 def around(
@@ -34,8 +34,8 @@ def around(
     """Stop the vCPUs of a running domain, call `switch`, let them run.
 
     Raises what `switch` raises, and TimedOut where it took longer than `limit` seconds: the vCPUs
-    then ran again before it had ended. What could not be resumed raises too; whoever called sees to
-    it from there.
+    then ran again before it had ended; Busy where they did because of somebody else. What could not
+    be resumed raises too; whoever called sees to it from there.
     """
     rescue = Rescue(limit, lambda: _resumed(hypervisor, uuid))
     try:
@@ -45,11 +45,13 @@ def around(
             reach(Step.STOPPED)
             switch()
         finally:
-            hypervisor.resume(uuid)
+            stood = hypervisor.resume(uuid)
     finally:
         rescue.end()
     if rescue.fired:
         raise TimedOut("The domain stood still for too long and was resumed meanwhile; try again.")
+    if not stood:
+        raise Busy("The domain was resumed by somebody else meanwhile; try again.")
 
 
 def _resumed(hypervisor: Hypervisor, uuid: str) -> bool:

@@ -59,6 +59,10 @@ class Method(Protocol):
     def redirects(self) -> bool:
         """Whether the domain uses another image once the snapshot is taken."""
 
+    @property
+    def together(self) -> bool:
+        """Whether `create` takes several disks at one instant, and not one after the other."""
+
     def suits(self, disk: Disk) -> str:
         """What kind of disk it is, in words, that the method is the default for."""
 

@@ -50,6 +50,7 @@ class Qemu:
 
     name = "qemu"
     redirects = True
+    together = True
 
     def __init__(
         self,

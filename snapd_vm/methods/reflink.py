@@ -62,6 +62,7 @@ class Reflink:
 
     name = "reflink"
     redirects = False
+    together = False
 
     def __init__(self, hypervisor: Hypervisor) -> None:
         self._hypervisor = hypervisor

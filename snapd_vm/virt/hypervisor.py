@@ -161,11 +161,13 @@ class Hypervisor:
         with self._pool.domain(uuid) as domain:
             domain.suspend()
 
-    def resume(self, uuid: str) -> None:
-        """Let the domain's vCPUs run, if they do not (virDomainResume)."""
+    def resume(self, uuid: str) -> bool:
+        """Let the domain's vCPUs run (virDomainResume); whether they stood still until now."""
         with self._pool.domain(uuid) as domain:
-            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+            stood = bool(domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+            if stood:
                 domain.resume()
+            return stood
 
     def capacity(self, uuid: str, target: str) -> int:
         """The virtual size of the disk in bytes (virDomainGetBlockInfo).

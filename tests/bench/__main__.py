@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.bench import deletes, domains, services, snapshots
-from tests.bench.report import Figures, of_deletes, of_services, of_snapshots
+from tests.bench.report import Figures, of_creates, of_deletes, of_services, of_snapshots
 from tests.bench.snapshots import Seen
 from tests.bench.ways import LIBVIRT, TARGET, PlainCaller, all_ways
 from tests.lab.deadline import LabError, wait_until
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
                 figures.domains(domains.measure(lab, ours))
             if "delete" in options.only:
                 of_deletes(deletes.measure(lab, ours, options.deletes), figures)
+                of_creates(*deletes.measure_beside(lab, ours, options.deletes), figures)
             if {"one", "two"} & set(options.only):
                 dbus = lab.run.start(
                     "libvirt-dbus",

@@ -1,11 +1,13 @@
 """Deletes a snapshot whose overlay holds 1 GiB: ours against `virsh blockcommit`, in turn.
 
-What the guest feels of it is measured as well: the pivot at the end holds its writes.
+What the guest feels of it is measured as well: the pivot at the end holds its writes. And what
+another guest's Create feels of the commit.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from tests.lab.program import run
 
 MIB = 1024
 DISK_MIB = 1536
+CREATES = 5
+"""Alone, in each round."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ def measure(lab: Lab, ours: Path, rounds: int) -> tuple[Deleted, Deleted]:
                 guest.reset()
                 began = time.perf_counter()
                 if one is mine:
-                    caller.call(NAME, path, f"{NAME}.Snapshot", "Delete", "u", [0])
+                    _delete(caller, path)
                 else:
                     run(
                         *("virsh", "-c", lab.libvirtd.uri, "blockcommit", guest.name, TARGET),
@@ -80,6 +84,49 @@ def measure(lab: Lab, ours: Path, rounds: int) -> tuple[Deleted, Deleted]:
         lab.daemon.stop()
         guest.remove()
     return mine, virsh
+
+
+def measure_beside(lab: Lab, ours: Path, rounds: int) -> tuple[Series, Series]:
+    """Create on one guest, alone and while a 1 GiB overlay of another is committed."""
+    large = lab.guest([DiskSpec(size_mib=DISK_MIB)], name="benchd")
+    other = lab.guest(name="benche")
+    lab.daemon.start({}, argv=(ours, "daemon"))
+    caller, second = PlainCaller(lab.address), PlainCaller(lab.address)
+    alone, beside = list[float](), list[float]()
+    try:
+        _created(second, other)  # the first finds no connections made
+        for _ in range(rounds):
+            path = _create(caller, large)
+            large.fill(TARGET, "big", MIB)
+            large.sync(60)
+            alone += [_created(second, other) for _ in range(CREATES)]
+            deleting = threading.Thread(target=_delete, args=(caller, path))
+            deleting.start()
+            while deleting.is_alive():
+                took = _created(second, other)
+                if deleting.is_alive():
+                    beside.append(took)
+            deleting.join()
+    finally:
+        caller.close()
+        second.close()
+        lab.daemon.stop()
+        large.remove()
+        other.remove()
+    return Series.of_seconds(alone), Series.of_seconds(beside)
+
+
+def _created(caller: PlainCaller, guest: Guest) -> float:
+    """How long a Create takes, in seconds; its snapshot is deleted again."""
+    began = time.perf_counter()
+    path = _create(caller, guest)
+    took = time.perf_counter() - began
+    _delete(caller, path)
+    return took
+
+
+def _delete(caller: PlainCaller, path: str) -> None:
+    caller.call(NAME, path, f"{NAME}.Snapshot", "Delete", "u", [0])
 
 
 def _create(caller: PlainCaller, guest: Guest) -> str:

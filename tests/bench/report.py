@@ -62,6 +62,13 @@ def of_deletes(found: tuple[Deleted, Deleted], figures: Figures) -> None:
     figures.add("stall at the pivot, to virsh's", ratio(ours.stalls, virsh.stalls), "")
 
 
+def of_creates(alone: Series, beside: Series, figures: Figures) -> None:
+    """Create on one guest, alone and beside another's commit."""
+    rows = [("alone", str(alone)), ("while 1 GiB is committed on another", str(beside))]
+    print("\nCreate on one guest\n\n" + table(("when", "time"), rows))
+    figures.add("Create beside a commit, to alone", ratio(beside, alone), "about 1")
+
+
 def of_snapshots(count: int, seen: Sequence[Seen], figures: Figures) -> None:
     """Stall, frozen time and call of each way, and the ratios of ours to the others'."""
     rows = [

@@ -92,6 +92,26 @@ async def test_a_set_asks_polkit_once_for_all_its_disks(
     assert {q.details["method"] for q in polkit.questions} == {",qemu"}
 
 
+async def test_a_set_without_methods_asks_polkit_with_none(
+    client: Client, polkit: StandInPolkit
+) -> None:
+    given = [[VDA, ""], ["<disk><target dev='vdb'/></disk>", ""]]
+    await client.call(DOMAIN, "CreateSet", "a(ss)su", [given, "both", 0], path=domain_path(uuid(1)))
+    assert {q.details.get("method", "") for q in polkit.questions} == {""}
+
+
+@pytest.mark.parametrize(("count", "error"), [(128, ""), (129, STANDARD + "InvalidArgs")])
+async def test_a_set_has_a_limit(
+    client: Client, engine: FakeEngine, count: int, error: str
+) -> None:
+    disks = tuple(make_disk(f"vd{number}") for number in range(count))
+    engine.domains[uuid(1)] = make_domain(1, disks=disks)
+    given = [[f"<disk><target dev='{disk.target}'/></disk>", ""] for disk in disks]
+    path = domain_path(uuid(1))
+    answer = await client.call(DOMAIN, "CreateSet", "a(ss)su", [given, "", 0], path=path)
+    assert (answer.error_name or "") == error
+
+
 async def test_arrays_have_a_limit_before_they_are_read(client: Client, engine: FakeEngine) -> None:
     given = [["", ""]] * 20_000
     answer = await client.call(

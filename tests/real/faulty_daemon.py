@@ -1,10 +1,10 @@
 """The daemon, started so that it stumbles where a test says; everything else is the real thing.
 
-    python -m tests.real.faulty_daemon --at STEP --do FAULT --config FILE
+    python -m tests.real.faulty_daemon --at STEP --do FAULT [--stop-limit SECONDS] --config FILE
 
 FAULT is kill, stop, raise, sleep:SECONDS, wait:FILE (which it makes, and waits for its removal) or
 raise-wait:FILE (and an error then). It comes the first time that an operation reaches STEP, only
-in this life of the daemon.
+in this life of the daemon. The stop limit is how long its end waits, in place of a minute.
 """
 
 from __future__ import annotations
@@ -59,15 +59,20 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--at", choices=[*Step, *DeleteStep, *RevertStep], required=True)
     parser.add_argument("--do", required=True)
+    parser.add_argument("--stop-limit", type=float)
     parser.add_argument("--config", type=Path, required=True)
     asked = parser.parse_args()
+    if asked.stop_limit is not None:
+        daemon._STOP_LIMIT_S = asked.stop_limit
     journald.set_up()
     settings = config.load(asked.config)
     journal = Journal(settings.state_dir)
     try:
-        return asyncio.run(daemon.serve(settings, journal, reach=Fault(asked.at, asked.do)))
+        status = asyncio.run(daemon.serve(settings, journal, reach=Fault(asked.at, asked.do)))
     finally:
         journal.close()
+    daemon._leave_hung_threads(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Slow:
         self._taken.add(tag.uuid)
 
     redirects = False
+    together = False
 
     def suits(self, disk: Disk) -> str:
         return "any disk"

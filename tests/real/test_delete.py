@@ -162,13 +162,3 @@ async def test_killed_at(
         await api.call(path, SNAPSHOT, "Delete", "u", 0)
     assert len(images.chain(active_file(own))) == 1
     assert active_file(own) == active_file(own, 2)
-
-
-async def test_rounds_of_create_and_delete_leave_nothing(api: Api, own: Guest) -> None:
-    files = files_of(own)
-    for _ in range(20):
-        created = await api.create(own, flags=QUIESCE_REQUIRED)
-        await delete(api, created)
-        assert len(images.chain(active_file(own))) == 1
-    assert files_of(own) == files
-    own.writes_go_on()

@@ -515,19 +515,6 @@ async def test_what_is_not_provably_ours_is_left_alone(
     assert clone.stat().st_size == 16 * MIB
 
 
-async def test_rounds_leave_nothing(
-    daemon: Lab, api: Api, places: Places, cloning: Mounted
-) -> None:
-    path = raw(cloning.path)
-    guest = await guest_on(api, places, path)
-    await delete(api, await api.create(guest))
-    descriptors = len(os.listdir(f"/proc/{daemon.daemon.pid}/fd"))
-    for _ in range(30):
-        await delete(api, await api.create(guest))
-    assert os.listdir(path.parent) == [path.name]
-    assert len(os.listdir(f"/proc/{daemon.daemon.pid}/fd")) <= descriptors + 2
-
-
 # -- a driver without QEMU -----------------------------------------------------------------------
 
 
