@@ -86,6 +86,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: set[asyncio.Task[Any]] = set()
         self._marking = asyncio.Lock()
+        self._found = asyncio.Event()  # libvirt has told of all domains
         self._closing = False
 
     # -- what the bus asks from memory -----------------------------------------------------------
@@ -146,6 +147,17 @@ class Engine:
         self._spawn(self._keeper.keep_thawing())
         self._spawn(self._keeper.keep_settling())
         await self._keeper.tried.wait()
+
+    def look_for_strays(self) -> None:
+        """Tell, once, of our files that no record knows: beside all else, with libvirt there."""
+        self._spawn(self._look_for_strays())
+
+    async def _look_for_strays(self) -> None:
+        from snapd_vm.engine import strays
+
+        await self._found.wait()
+        count = await self._world.run(strays.look, self._world, dict(self.domains))
+        log.info("looked for our files that no record knows: %d", count)
 
     def stop_taking(self) -> None:
         """Begin nothing new; what waits for its turn is refused."""
@@ -239,8 +251,8 @@ class Engine:
             )
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
-                "A domain's definition names the image that the snapshot is, so it may change; "
-                "correct the definition first."
+                "A domain uses, or has changed, the image that the snapshot is, so that its "
+                "contents are not sure; the daemon's log says which."
             )
         return snapshot.backup_source
 
@@ -414,6 +426,7 @@ class Engine:
             listener.connection_changed(connected)
         if connected:
             self._keeper.wake()
+            self._found.set()
 
     # -- small things ----------------------------------------------------------------------------
 
