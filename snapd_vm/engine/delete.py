@@ -55,8 +55,8 @@ def begin(
     state = SnapshotState(standing.state)
     if state is SnapshotState.FAILED and not standing.released:
         raise InvalidState(
-            "A domain's definition names the image that the snapshot is; correct it first, or, if "
-            "what its overlay holds is in that image already, move the overlay away."
+            "A domain's definition names the image that the snapshot is; correct it first, or move "
+            "the overlay away, if there is one and all that it holds is in that image."
         )
     dropped = state is not SnapshotState.READY
     # A delete that goes on after a restart finds here that there is nothing to do.

@@ -155,9 +155,15 @@ class Engine:
     async def _look_for_strays(self) -> None:
         from snapd_vm.engine import strays
 
-        await self._found.wait()
-        count = await self._world.run(strays.look, self._world, dict(self.domains))
-        log.info("looked for our files that no record knows: %d", count)
+        while True:
+            await self._found.wait()
+            try:
+                count = await self._world.run(strays.look, self._world, dict(self.domains))
+            except HypervisorUnavailable:  # again when libvirt is back
+                self._found.clear()
+                continue
+            log.info("looked for our files that no record knows: %d", count)
+            return
 
     def stop_taking(self) -> None:
         """Begin nothing new; what waits for its turn is refused."""
@@ -251,8 +257,8 @@ class Engine:
             )
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
-                "A domain uses, or has changed, the image that the snapshot is, so that its "
-                "contents are not sure; the daemon's log says which."
+                "A domain's definition names, or somebody has changed, the image that the "
+                "snapshot is, so that its contents are not sure; the daemon's log says which."
             )
         return snapshot.backup_source
 

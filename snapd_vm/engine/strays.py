@@ -32,12 +32,16 @@ _DRAFT = re.compile(r"\.snapd-vm-([0-9a-f-]{36})\.[^/]+\.new")
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an image is in a chain: `above` is the image on it, '' for the disk's own."""
+    """Where an image is in a chain: `top` if it is the disk's own, `below` is what it lies on.
+
+    `used`: by what runs, or would be started now; else only the next start's definition names it.
+    """
 
     domain: Domain
     disk: Disk
+    used: bool
     path: str
-    above: str
+    top: bool
     below: str
 
 
@@ -47,16 +51,17 @@ def look(world: World, domains: Mapping[str, Domain]) -> int:
     places: dict[FileId, _Place] = {}
     folders = {*world.config.qemu.overlay_dirs, *world.hypervisor.pool_folders()}
     for domain in domains.values():
-        for disk in (*domain.disks, *domain.persistent_disks):
+        disks = [(disk, True) for disk in domain.disks]
+        for disk, used in (*disks, *((disk, False) for disk in domain.persistent_disks)):
             chain = _chain(disk)
             folders |= {os.path.dirname(path) for path in chain}
             folders |= {os.path.dirname(os.path.realpath(path)) for path in chain}
             for number, path in enumerate(chain):
                 found = storage.file_id(path)
                 if found is not None:
-                    above = chain[number - 1] if number else ""
                     below = chain[number + 1] if number + 1 < len(chain) else ""
-                    places.setdefault(found, _Place(domain, disk, path, above, below))
+                    place = _Place(domain, disk, used, path, number == 0, below)
+                    places.setdefault(found, place)
     marked: list[tuple[str, FileId, Mapping[str, Json]]] = []
     for path in users.files_in(folders):
         if time.monotonic() > deadline:
@@ -146,19 +151,24 @@ def _removal(
         return "nobody uses it", remove
     domain, disk = place.domain, place.disk
     where = f"it is in the chain of disk {disk.target} of domain {domain.name}"
+    if not place.used:
+        return f"{where} at its next start", ""
+    if not domain.active and world.hypervisor.off_state(domain.uuid).managed_save:
+        return f"{where}, which has a managed save image and has to be started first", ""
     if not place.below:
         return f"{where}, and lies on nothing", ""
     if user := world.hypervisor.user_of(place.below, domain.uuid, disk.target):
         return f"{where}, and what it lies on, {place.below}, is used by {user} too", ""
     virsh = ("virsh", "-c", world.config.uri)
     commit = ["blockcommit", domain.name, disk.target, "--base", place.below]
-    commit += ["--top", place.path] if place.above else ["--active", "--pivot"]
+    commit += ["--active", "--pivot"] if place.top else ["--top", place.path]
     words = f"{_words(*virsh, *commit, '--wait')} && {remove}"
     if domain.active:
         return where, words
-    # libvirt commits only while QEMU runs; paused, the guest does nothing.
+    # libvirt commits only while QEMU runs; paused, the guest does nothing. Nobody's else is ended.
     start = _words(*virsh, "start", "--paused", domain.name)
-    return f"{where}, which is off", f"{start} && {words}; {_words(*virsh, 'destroy', domain.name)}"
+    end = _words(*virsh, "destroy", domain.name)
+    return f"{where}, which is off", f"{start} && {{ {words}; {end}; }}"
 
 
 def _words(*words: str) -> str:

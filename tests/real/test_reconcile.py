@@ -15,14 +15,19 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from snapd_vm.engine.journal import DeleteStep
+from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
-from tests.real.api import SNAPSHOT, Api, Created
+from tests.real.api import SNAPSHOT, Api, ApiError, Created
 from tests.real.conftest import Connect
 from tests.real.places import CONFIG, INACTIVE, Places, disk_of, file_of, image, refused
+from tests.real.test_crash import FAULTY, faulty
 from tests.real.test_definitions import state_of, until_state
+
+__all__ = ["faulty"]
 
 WHEN = ["event", "start"]
 
@@ -139,6 +144,29 @@ async def test_an_old_definition_is_refused_until_it_runs(scene: Scene, running:
     guest.domain.create()
     await until_state(scene.api, created, "failed")
     await scene.dropped(created, created.overlay)
+
+
+@pytest.mark.parametrize("step", list(DeleteStep))
+async def test_killed_while_a_record_is_dropped(
+    faulty: Lab, connect: Connect, places: Places, step: DeleteStep
+) -> None:
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    scene = Scene(faulty, connect, places)
+    guest = await scene.begin(start=True)
+    created = await scene.api.create(guest)
+    commit = scene.virsh("blockcommit", guest.name, "vda", "--active", "--pivot", "--wait")
+    await scene.meanwhile("event", commit)
+    await until_state(scene.api, created, "failed")
+    with pytest.raises(ApiError):
+        await scene.delete(created)
+    await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
+    faulty.daemon.start({}, argv=None)
+    scene.api = await connect()
+    there = await scene.api.snapshots_of(guest)
+    assert (created.snapshot in there) == (step is DeleteStep.CHECKED)
+    assert os.path.exists(created.overlay)
+    assert file_of(guest) == created.file
+    await scene.api.create(guest, name="next")
 
 
 async def test_on_the_base_live_and_on_the_overlay_at_the_next_start(scene: Scene) -> None:

@@ -120,6 +120,37 @@ async def test_a_base_that_others_use_too_is_not_to_be_written_to(
     assert not command(line)
 
 
+async def test_a_domain_with_a_managed_save_image_is_to_be_started_first(
+    api: Api, lab: Lab, places: Places
+) -> None:
+    guest = places.guest(start=True)
+    await places.known(api)
+    created = await api.create(guest)
+    guest.domain.managedSave(0)
+    try:
+        line = (await strays(lab))[created.overlay]
+        assert "managed save image" in line
+        assert not command(line)
+    finally:
+        guest.domain.managedSaveRemove(0)
+
+
+async def test_an_overlay_of_the_next_start_only(api: Api, lab: Lab, places: Places) -> None:
+    guest = places.guest(start=True)
+    await places.known(api)
+    created = await api.create(guest)
+    definition = guest.domain.XMLDesc(INACTIVE)
+    run(
+        *("virsh", "-c", lab.hypervisor.uri, "blockcommit", guest.name, "vda"),
+        *("--active", "--pivot", "--wait"),
+        timeout=60,
+    )
+    lab.hypervisor.define(definition)
+    line = (await strays(lab))[created.overlay]
+    assert "next start" in line
+    assert not command(line)
+
+
 async def test_a_clone(api: Api, lab: Lab, places: Places, xfs: Mounted) -> None:
     guest = places.guest(with_image(raw(xfs.path), "raw"))
     await places.known(api)
