@@ -27,7 +27,7 @@ from snapd_vm.virt import users
 log = logging.getLogger(__name__)
 
 _LIMIT_S = 30.0
-_DRAFT = re.compile(r"\.snapd-vm-([0-9a-f-]{36})\.[^/]+\.new")
+_DRAFT = re.compile(r"\.snapd-vm-([0-9a-f-]{36})\.[0-9A-Za-z_-]+\.new")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ def look(world: World, domains: Mapping[str, Domain]) -> int:
     places: dict[FileId, _Place] = {}
     folders = {*world.config.qemu.overlay_dirs, *world.hypervisor.pool_folders()}
     for domain in domains.values():
+        if time.monotonic() > deadline:
+            break
         disks = [(disk, True) for disk in domain.disks]
         for disk, used in (*disks, *((disk, False) for disk in domain.persistent_disks)):
             chain = _chain(disk)
@@ -86,7 +88,14 @@ def look(world: World, domains: Mapping[str, Domain]) -> int:
         if found in known or said.get("snapshot") in open_now or storage.file_id(path) != found:
             continue
         count += 1
-        _tell(world, path, said, places.get(found))
+        if time.monotonic() > deadline:
+            _tell(path, said, "there was no time to look who uses it", "")
+            continue
+        try:
+            where, words = _removal(world, path, said, places.get(found))
+        except SnapdError as error:
+            where, words = f"who uses it is not known: {error}", ""
+        _tell(path, said, where, words)
     return count
 
 
@@ -120,11 +129,7 @@ def _on_record(world: World) -> tuple[set[Json], set[FileId]]:
     return uuids, {found for found in known if found is not None}
 
 
-def _tell(world: World, path: str, said: Mapping[str, Json], place: _Place | None) -> None:
-    try:
-        where, words = _removal(world, path, said, place)
-    except SnapdError as error:
-        where, words = f"who uses it is not known: {error}", ""
+def _tell(path: str, said: Mapping[str, Json], where: str, words: str) -> None:
     log.warning(
         "%s is a file of snapshot %s of domain %s that no record knows, and is left alone; %s%s",
         path,
@@ -139,7 +144,10 @@ def _tell(world: World, path: str, said: Mapping[str, Json], place: _Place | Non
 def _removal(
     world: World, path: str, said: Mapping[str, Json], place: _Place | None
 ) -> tuple[str, str]:
-    """Where the file is in use, in words, and the command; '' where there is no safe one."""
+    """Where the file is in use, in words, and the command; '' where there is no safe one.
+
+    That no chain was found with it in memory is not enough: definitions are read anew (user_of).
+    """
     remove = _words("rm", "--", path)
     if said.get("kind") == mark.Kind.CLONE:
         if user := world.hypervisor.user_of(path, "", ""):
@@ -157,8 +165,9 @@ def _removal(
         return f"{where}, which has a managed save image and has to be started first", ""
     if not place.below:
         return f"{where}, and lies on nothing", ""
-    if user := world.hypervisor.user_of(place.below, domain.uuid, disk.target):
-        return f"{where}, and what it lies on, {place.below}, is used by {user} too", ""
+    for image in (place.below, place.path):
+        if user := world.hypervisor.user_of(image, domain.uuid, disk.target):
+            return f"{where}, and {image} is used by {user} too", ""
     virsh = ("virsh", "-c", world.config.uri)
     commit = ["blockcommit", domain.name, disk.target, "--base", place.below]
     commit += ["--active", "--pivot"] if place.top else ["--top", place.path]
