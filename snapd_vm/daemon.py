@@ -121,6 +121,7 @@ async def serve(
         return 1
     _notify("READY=1")
     log.info("serving on the system bus, version %s", __version__)
+    engine.look_for_strays()
     feeder = asyncio.create_task(_feed_watchdog())
     lost = asyncio.create_task(bus.lost())
     stopping = asyncio.create_task(stop.wait())

@@ -30,6 +30,7 @@ class MessageId(StrEnum):
     FROZEN_TOO_LONG = "7e1d9c3b5f8a42d6a0c2e4b6d8f01375"
     WARNING = "902c7a013df34415b37e93a5778691a7"
     STATE = "a4c8e2061b3d4f57928e6c0a1d5b3f74"
+    STRAY = "37d0b5e84f1c4a6e9b2c8d5f7a1e6093"
 
 
 def fields(message_id: MessageId, snapshot: Snapshot | None = None, **more: object) -> Extra:

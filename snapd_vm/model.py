@@ -98,7 +98,7 @@ class Domain:
     `id` is libvirt's number of the running instance, -1 when it is off. `disks` are those in use
     (the live XML of an active domain); `persistent_disks` those of the definition that the next
     start will use (equal for a domain that is off, empty for a transient one). `driver` is the
-    domain's type (kvm, qemu, test ...).
+    domain's type (kvm, qemu, test ...). `migrated`: it is off here, and runs on another host.
     """
 
     uuid: str
@@ -112,6 +112,7 @@ class Domain:
     agent: AgentChannel | None = None
     nvram: bool = False
     tpm: bool = False
+    migrated: bool = False
 
     @property
     def active(self) -> bool:

@@ -24,9 +24,6 @@ _OFD_GETLK, _OFD_SETLK = 36, 37  # F_OFD_GETLK and its kin, which Python 3.11's 
 _WRITE_BYTE = 101
 _NO_WRITER_BYTE = 201
 
-MARK = "trusted.snapd-vm"
-"""The extended attribute of files that are snapshots of ours; only root can set or see it."""
-
 
 @dataclass(frozen=True, slots=True)
 class FileId:
@@ -74,14 +71,6 @@ def backing_chain(path: str, limit: int = 1024) -> Iterator[str]:
         yield path
         if header.backing_format == "raw":
             return
-
-
-def is_marked(path: str) -> bool:
-    """Whether the file is marked as a snapshot of ours."""
-    try:
-        return bool(os.getxattr(path, MARK, follow_symlinks=False))
-    except OSError:
-        return False
 
 
 def virtual_size(path: str, image_format: str) -> int:

@@ -16,9 +16,10 @@ ALLOWED = {  # what each part may import besides itself
     "qcow2": LOWEST,
     "safexml": LOWEST,
     "request": LOWEST | {"safexml"},
+    "mark": LOWEST,
     "storage": LOWEST | {"qcow2", "command"},
 }
-ALLOWED["virt"] = LOWEST | {"command", "config", "qcow2", "safexml", "storage"}
+ALLOWED["virt"] = LOWEST | {"command", "config", "mark", "qcow2", "safexml", "storage"}
 ALLOWED["methods"] = ALLOWED["virt"]
 ALLOWED["engine"] = {*ALLOWED["virt"], "virt", "methods", "journald"}
 ALLOWED["bus"] = LOWEST | {"engine", "request", "safexml"}

@@ -6,14 +6,19 @@ Blocking functions for one worker thread; the engine holds the domain's lock aro
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from snapd_vm.engine.journal import DeleteStep, Kind, Operation
+from snapd_vm.engine.shelf import standing_of
 from snapd_vm.engine.world import World
-from snapd_vm.errors import Busy, Cancelled, InvalidState, SnapdError
+from snapd_vm.errors import Busy, Cancelled, InvalidState, NoSuchDomain, SnapdError
+from snapd_vm.journald import MessageId, fields
 from snapd_vm.methods.method import Reverts, Watch
 from snapd_vm.model import Domain, Flags, Snapshot, SnapshotState, Tag, snapshot_path
 from snapd_vm.virt import domainxml
+
+log = logging.getLogger(__name__)
 
 _NOTHING_TO_DO = (SnapshotState.MISSING, SnapshotState.DETACHED)
 """The storage is gone, or is nobody's that we know: the record alone is dropped."""
@@ -44,25 +49,47 @@ def begin(
     """
     tag = tag_of(snapshot)
     method = world.methods[snapshot.target.method]
-    state = snapshot.state
-    if snapshot.spoilt and state is SnapshotState.FAILED:  # what else is wrong with it?
-        state = SnapshotState(method.state(snapshot.target, domains))
-    if state is SnapshotState.FAILED:
+    if snapshot.state in (SnapshotState.DELETING, SnapshotState.REVERTING):
+        raise Busy(f"The snapshot is {snapshot.state}; wait for its end.")
+    standing = standing_of(method, snapshot.target, _now(world, domains, snapshot.domain_uuid))
+    state = SnapshotState(standing.state)
+    if state is SnapshotState.FAILED and not standing.released:
         raise InvalidState(
-            "A domain's definition names the image that the snapshot is; correct it first."
+            "A domain's definition names the image that the snapshot is; correct it first, or move "
+            "the overlay away, if there is one and all that it holds is in that image."
         )
-    if state not in (SnapshotState.READY, *_NOTHING_TO_DO):
-        raise Busy(f"The snapshot is {state}; wait for its end.")
+    dropped = state is not SnapshotState.READY
+    # A delete that goes on after a restart finds here that there is nothing to do.
+    snapshot = dataclasses.replace(
+        snapshot, state=SnapshotState.DETACHED if standing.released else state
+    )
     if isinstance(method, Reverts):
         target = method.among(snapshot.target, [other.target for other in others])
         snapshot = dataclasses.replace(snapshot, target=target)
-    if state is SnapshotState.READY:
+    if not dropped:
         method.check_delete(snapshot.target, tag)
     world.reach(DeleteStep.CHECKED)
     operation = Operation(tag, Flags(0), (snapshot,), kind=Kind.DELETE, uid=uid)
     world.journal.begin(operation)
+    if dropped:
+        log.warning(
+            "the record of snapshot %s of disk %s of domain %s is dropped, and no file touched: %s",
+            snapshot.name,
+            snapshot.target.disk,
+            snapshot.domain_name,
+            standing.why or state,
+            extra=fields(MessageId.STATE, snapshot, state=state),
+        )
     world.reach(DeleteStep.BEGUN)
     return operation
+
+
+def _now(world: World, domains: Mapping[str, Domain], uuid: str) -> Mapping[str, Domain]:
+    """The domains with this one as libvirt has it now: an event may be on its way still."""
+    try:
+        return {**domains, uuid: world.hypervisor.read(uuid)}
+    except NoSuchDomain:
+        return {known: domain for known, domain in domains.items() if known != uuid}
 
 
 def carry_out(
@@ -76,7 +103,8 @@ def carry_out(
     """
     snapshot = operation.drafts[0]
     method = world.methods[snapshot.target.method]
-    if snapshot.state not in _NOTHING_TO_DO:
+    moves = snapshot.state not in _NOTHING_TO_DO  # else what lay on it still does
+    if moves:
         try:
             method.delete(snapshot.target, operation.tag, watch)
         except Cancelled:
@@ -85,7 +113,7 @@ def carry_out(
     world.reach(DeleteStep.COMMITTED)
     moved = []
     for other in all_of:
-        if other.uuid == snapshot.uuid or other.target.method != method.name:
+        if not moves or other.uuid == snapshot.uuid or other.target.method != method.name:
             continue
         target = method.moved(snapshot.target, other.target)
         if target is not None:

@@ -92,6 +92,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: set[asyncio.Task[Any]] = set()
         self._marking = asyncio.Lock()
+        self._found = asyncio.Event()  # libvirt has told of all domains
         self._closing = False
 
     # -- what the bus asks from memory -----------------------------------------------------------
@@ -152,6 +153,23 @@ class Engine:
         self._spawn(self._keeper.keep_thawing())
         self._spawn(self._keeper.keep_settling())
         await self._keeper.tried.wait()
+
+    def look_for_strays(self) -> None:
+        """Tell, once, of our files that no record knows: beside all else, with libvirt there."""
+        self._spawn(self._look_for_strays())
+
+    async def _look_for_strays(self) -> None:
+        from snapd_vm.engine import strays
+
+        while True:
+            await self._found.wait()
+            try:
+                count = await self._world.run(strays.look, self._world, dict(self.domains))
+            except HypervisorUnavailable:  # again when libvirt is back
+                self._found.clear()
+                continue
+            log.info("looked for our files that no record knows: %d", count)
+            return
 
     def stop_taking(self) -> None:
         """Begin nothing new; what waits for its turn is refused."""
@@ -252,8 +270,8 @@ class Engine:
             )
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
-                "A domain's definition names the image that the snapshot is, so it may change; "
-                "correct the definition first."
+                "A domain's definition names, or somebody has changed, the image that the "
+                "snapshot is, so that its contents are not sure; the daemon's log says which."
             )
         return snapshot.backup_source
 
@@ -436,6 +454,7 @@ class Engine:
             listener.connection_changed(connected)
         if connected:
             self._keeper.wake()
+            self._found.set()
 
     # -- small things ----------------------------------------------------------------------------
 

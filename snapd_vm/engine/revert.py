@@ -47,7 +47,8 @@ def begin(
         )
     if snapshot.state is SnapshotState.FAILED:
         raise InvalidState(
-            "A domain's definition names the image that the snapshot is; correct it first."
+            "A domain's definition names, or somebody has changed, the image that the snapshot is; "
+            "the daemon's log says which, and a definition can be corrected."
         )
     if snapshot.state is SnapshotState.MISSING:
         raise StorageFailed("The snapshot's storage is gone; there is nothing to go back to.")

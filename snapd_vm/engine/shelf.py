@@ -14,8 +14,8 @@ from snapd_vm.engine.service import Listener
 from snapd_vm.engine.world import World
 from snapd_vm.errors import NoSuchSnapshot, SnapdError
 from snapd_vm.journald import MessageId, fields
-from snapd_vm.methods.method import Warns
-from snapd_vm.model import Domain, Snapshot, SnapshotState
+from snapd_vm.methods.method import BASE_IN_USE, Explains, Method, Standing, Warns
+from snapd_vm.model import Domain, Snapshot, SnapshotState, Target
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Shelf:
         self._looking: set[str] = set()
         self._look_again: set[str] = set()
         self._warned: dict[str, frozenset[str]] = {}
+        self._why: dict[str, str] = {}
+        self._seen: dict[str, asyncio.Lock] = {}
 
     async def load(self) -> None:
         """Take the journal's."""
@@ -95,6 +97,8 @@ class Shelf:
         """One that the journal has no more."""
         snapshot = self.snapshots.pop(uuid)
         self._warned.pop(uuid, None)
+        self._why.pop(uuid, None)
+        self._seen.pop(uuid, None)
         for listener in self.listeners:
             listener.snapshot_removed(snapshot)
 
@@ -104,39 +108,60 @@ class Shelf:
             listener.warning(snapshot, code, message)
 
     async def look(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with its State of now; tells of a change, and warns of a bad one."""
+        """The snapshot with its State of now; tells of a change, and warns of a bad one.
+
+        One look at a time: of two beside each other both would tell, and the older one be the last.
+        """
+        if snapshot.uuid not in self.snapshots:
+            return snapshot
+        async with self._seen.setdefault(snapshot.uuid, asyncio.Lock()):
+            return await self._look(self.snapshots.get(snapshot.uuid, snapshot))
+
+    async def _look(self, snapshot: Snapshot) -> Snapshot:
         method = self._world.methods.get(snapshot.target.method)
         if method is None or not self._connected() or self._at_work(snapshot):
             return snapshot
         domains = dict(self._domains())
-        state = found = SnapshotState(await self._world.run(method.state, snapshot.target, domains))
+        standing = await self._world.run(standing_of, method, snapshot.target, domains)
+        state = SnapshotState(standing.state)
         current = self.snapshots.get(snapshot.uuid)
-        if current is not None and current.spoilt and found is SnapshotState.READY:
-            state = SnapshotState.FAILED
         if current is None or current.target != snapshot.target:  # gone, or moved, meanwhile
             return current or snapshot
-        if state is current.state or self._at_work(current):
+        if self._at_work(current):
             return current
-        new = dataclasses.replace(current, state=state)
-        log.warning(
-            "snapshot %s of disk %s of domain %s is %s",
-            new.name,
-            new.target.disk,
-            new.domain_name,
-            state,
-            extra=fields(MessageId.STATE, new, state=state),
-        )
-        await self._world.run(self._world.journal.put, new)
-        if snapshot.uuid not in self.snapshots:
-            return new
-        self.replace(new)
-        if found is SnapshotState.FAILED:
-            self.warn(
-                new,
-                "base-in-use",
-                "A domain's definition names the image that the snapshot is; correct it, or "
-                "what was written since is lost and the snapshot changes.",
+        if current.spoilt and state is SnapshotState.READY:
+            state = SnapshotState.FAILED
+        domain = domains.get(current.domain_uuid)
+        name = domain.name if domain is not None else current.domain_name
+        new = dataclasses.replace(current, state=state, domain_name=name)
+        told = self._why.get(snapshot.uuid, "")
+        self._why[snapshot.uuid] = standing.why
+        if new.state is not current.state or standing.why not in ("", told):
+            log.warning(
+                "snapshot %s of disk %s of domain %s is %s%s",
+                new.name,
+                new.target.disk,
+                new.domain_name,
+                state,
+                f": {standing.why}" if standing.why else "",
+                extra=fields(MessageId.STATE, new, state=state),
             )
+        if new == current:
+            return current
+        if name != current.domain_name:
+            log.info(
+                "domain %s of snapshot %s is called %s now",
+                current.domain_name,
+                new.name,
+                name,
+                extra=fields(MessageId.STATE, new, state=state),
+            )
+        await self._world.run(self._world.journal.put, new)
+        if self.snapshots.get(snapshot.uuid) is not current:  # deleted, or changed, meanwhile
+            return self.snapshots.get(snapshot.uuid, new)
+        self.replace(new)
+        if standing.code and new.state is not current.state:
+            self.warn(new, standing.code, standing.message)
         return new
 
     def _at_work(self, snapshot: Snapshot) -> bool:
@@ -213,3 +238,14 @@ class Shelf:
     def of(self, domain_uuid: str) -> Sequence[Snapshot]:
         """All of a domain."""
         return [s for s in self.snapshots.values() if s.domain_uuid == domain_uuid]
+
+
+def standing_of(method: Method, target: Target, domains: Mapping[str, Domain]) -> Standing:
+    """How the snapshot stands, and why if the method can say; blocks."""
+    explains: object = method
+    if isinstance(explains, Explains):
+        return explains.standing(target, domains)
+    state = method.state(target, domains)
+    if state == SnapshotState.FAILED:
+        return Standing(state, code="base-in-use", message=BASE_IN_USE)
+    return Standing(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
@@ -28,6 +28,8 @@ class Hypervisor(Protocol):
     def resume(self, uuid: str) -> bool: ...
     def running_job(self, uuid: str, target: str) -> str: ...
     def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent: ...
+    def pool_folders(self) -> Sequence[str]: ...
+    def user_of(self, path: str, uuid: str, target: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

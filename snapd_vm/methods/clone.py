@@ -2,9 +2,7 @@
 
 A clone is made as a file without a name (O_TMPFILE, open(2)), which goes away with the process,
 and gets its name by linkat(2), which never replaces a file, once it is whole and durable: what has
-the name is whole. It carries a mark in `storage.MARK`, an attribute that only root can write or
-see (xattr(7)), so that whose it is can be told without the journal; an attribute in the `user`
-namespace could be written by whoever owns the file, and that is QEMU's user.
+the name is whole. It carries a mark (mark.py), so that whose it is can be told without the journal.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import os
 import stat
 import struct
 
-from snapd_vm import storage
+from snapd_vm import mark, storage
 from snapd_vm.errors import MethodNotSupported, NameInUse, NoSpace, SnapdError, StorageFailed
 from snapd_vm.model import Tag
 
@@ -112,7 +110,11 @@ def make(folder: int, origin: int, tag: Tag) -> int:
                 continue
             os.setxattr(fd, name, value)
         os.fchmod(fd, found.st_mode & 0o444)
-        os.setxattr(fd, storage.MARK, _mark(tag))
+        if not mark.put(fd, mark.Kind.CLONE, tag):
+            raise MethodNotSupported(
+                "The file system of the disk's image keeps no trusted attributes; use another "
+                "method, such as qemu."
+            )
     except BaseException as error:
         if fd != -1:
             os.close(fd)
@@ -228,22 +230,10 @@ def is_protected(clone: int) -> bool:
         return False
 
 
-def _mark(tag: Tag) -> bytes:
-    return json.dumps(
-        {
-            "snapshot": tag.uuid,
-            "name": tag.label,
-            "domain": tag.domain_uuid,
-            "domain_name": tag.domain_name,
-            "created_us": tag.created_us,
-        }
-    ).encode()
-
-
 def _marked_for(fd: int) -> str:
     """The UUID of the snapshot that the mark names, or ''."""
     try:
-        found = json.loads(os.getxattr(fd, storage.MARK))
+        found = json.loads(os.getxattr(fd, mark.ATTRIBUTE))
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return ""

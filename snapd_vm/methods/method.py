@@ -14,6 +14,7 @@ the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from snapd_vm.errors import HypervisorUnavailable
@@ -21,6 +22,13 @@ from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
 
 Record = Callable[[Sequence[Target]], None]
 """Writes targets durably into the journal; blocks until it is done."""
+
+
+BASE_IN_USE = (
+    "A domain's definition names the image that the snapshot is; correct it, or what was written "
+    "since is lost and the snapshot changes."
+)
+"""What a Warning says of it."""
 
 
 class Watch(Protocol):
@@ -125,6 +133,33 @@ class Method(Protocol):
 
         `domains` are all that there are, by UUID.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a snapshot stands: `state` as Method.state says, and `why`, for the log, with paths.
+
+    `code` and `message` are for a Warning where there is something to be done; the message goes to
+    everybody, so it names no path. `released`: although it is "failed", a delete has nothing to do
+    but to drop the record, as nothing of it is left that we may touch.
+    """
+
+    state: str
+    why: str = ""
+    code: str = ""
+    message: str = ""
+    released: bool = False
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A Method that can say why a snapshot stands as it does, and which files its record is of."""
+
+    def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
+        """What `state` says, and why; looks, and changes nothing."""
+
+    def files(self, target: Target) -> Sequence[str]:
+        """The files of the snapshot that may bear our mark, there or not."""
 
 
 @runtime_checkable

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import os
 
-from snapd_vm import command, qcow2
+from snapd_vm import command, mark, qcow2
 from snapd_vm.errors import InvalidName, NameInUse, NoSpace, StorageFailed
+from snapd_vm.model import Tag
 from snapd_vm.storage import FileId
 
 _LONGEST_NAME = 255  # NAME_MAX of Linux's file systems
 _COPIED_LABELS = ("security.selinux",)
 
 
-def make(folder: int, draft: str, origin: str, origin_format: str, size: int) -> FileId:
+def make(folder: int, draft: str, origin: str, origin_format: str, size: int, tag: Tag) -> FileId:
     """Make the overlay of `origin` as `draft` in the folder open at `folder`; its identity.
 
-    Owner, mode and security label are the origin's. The header is read back, as libvirt believes it
-    (REUSE_EXT), and file and folder are synced. On any error nothing is left. Raises StorageFailed,
-    NoSpace and NameInUse.
+    Owner, mode and security label are the origin's; it is marked where the file system can. The
+    header is read back, as libvirt believes it (REUSE_EXT), and file and folder are synced. On any
+    error nothing is left. Raises StorageFailed, NoSpace and NameInUse.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -39,6 +40,7 @@ def make(folder: int, draft: str, origin: str, origin_format: str, size: int) ->
         ):
             raise StorageFailed(f"The overlay of {origin} does not read as it was written.")
         _take_after(fd, origin)
+        mark.put(fd, mark.Kind.OVERLAY, tag)
         os.fsync(fd)
         os.fsync(folder)
         found = os.fstat(fd)

@@ -24,10 +24,10 @@ from snapd_vm.errors import (
     NoSuchDomain,
     StorageFailed,
 )
-from snapd_vm.methods import beside, commit, overlay, revert
+from snapd_vm.methods import beside, commit, overlay, revert, standing
 from snapd_vm.methods.folder import open_folder
 from snapd_vm.methods.layer import Layer
-from snapd_vm.methods.method import Record, Watch
+from snapd_vm.methods.method import Record, Standing, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Qemu:
             found = Layer.of(target)
             with open_folder(self._hypervisor, os.path.dirname(found.path)) as fd:
                 inode = overlay.make(
-                    fd, found.draft(tag), found.origin, found.origin_format, target.size
+                    fd, found.draft(tag), found.origin, found.origin_format, target.size, tag
                 )
             data: dict[str, Json] = {
                 **target.data,
@@ -335,29 +335,17 @@ class Qemu:
         return revert.among(target, others)
 
     def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
-        """See Method: the origin is there, below the disk, and no definition's own image.
+        """See Method and standing.py."""
+        return self.standing(target, domains).state
 
-        One that a revert has left beside the disk's chain is as good: it can be gone back to.
-        """
-        found = Layer.of(target)
-        origin = storage.file_id(found.origin)
-        if origin is None:
-            return "missing"
-        for domain in domains.values():
-            for disk in (*domain.disks, *domain.persistent_disks):
-                if not disk.readonly and disk.path and storage.file_id(disk.path) == origin:
-                    return "failed"
-        own = domains.get(found.domain)
-        taken = own.disk(target.disk) if own is not None else None
-        if taken is None:
-            return "detached"
-        if found.aside is not None:
-            return "ready" if beside.own(found) else "missing"
-        if found.origin in taken.chain:  # a live domain's; of one that is off, libvirt tells none
-            return "ready"
-        read = storage.backing_chain(taken.path) if taken.format != "raw" else ()
-        below = {storage.file_id(path) for path in (*taken.chain, *read)}
-        return "ready" if origin in below else "detached"
+    def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
+        """See Explains and standing.py."""
+        return standing.of(Layer.of(target), domains)
+
+    def files(self, target: Target) -> Sequence[str]:
+        """The overlay, and the former source, which may be an overlay of an earlier snapshot."""
+        layer = Layer.of(target)
+        return [layer.path, layer.origin, *revert.files(target)]
 
     def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
         """See Warns: the overlay that the domain writes to may soon have no room to grow."""

@@ -24,7 +24,7 @@ from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import clone
 from snapd_vm.methods.clonetarget import CloneTarget
-from snapd_vm.methods.method import Record, Watch
+from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 from snapd_vm.storage import FileId
 
@@ -230,18 +230,35 @@ class Reflink:
         return None
 
     def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
-        """See Method. A clone stands by itself, whatever becomes of its domain."""
+        """See Method."""
+        return self.standing(target, domains).state
+
+    def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
+        """See Explains. A clone stands by itself, whatever becomes of its domain."""
         copy = CloneTarget.of(target)
         own = clone.open_own(copy.path, copy.snapshot, copy.inode)
         if own is None:
-            return "missing"
+            there = storage.file_id(copy.path) is not None
+            return Standing(
+                "missing",
+                f"{copy.path} is {'not the clone that was made' if there else 'not there'}",
+            )
         os.close(own)
         identity = storage.file_id(copy.path)
         for domain in domains.values():
             for disk in (*domain.disks, *domain.persistent_disks):
                 if not disk.readonly and disk.path and storage.file_id(disk.path) == identity:
-                    return "failed"
-        return "ready"
+                    return Standing(
+                        "failed",
+                        f"{copy.path} is the image of disk {disk.target} of domain {domain.name}",
+                        "base-in-use",
+                        BASE_IN_USE,
+                    )
+        return Standing("ready")
+
+    def files(self, target: Target) -> Sequence[str]:
+        """The clone."""
+        return [CloneTarget.of(target).path]
 
     def _folder(self, folder: str) -> contextlib.AbstractContextManager[int]:
         uid, gid = self._hypervisor.qemu_user()

@@ -44,6 +44,14 @@ class Hypervisor(commit.Hypervisor, Protocol):
     def checkpoints(self, uuid: str) -> bool: ...
 
 
+def files(target: Target) -> Sequence[str]:
+    """The files that a revert, begun and not settled, has to do with."""
+    if "revert" not in target.data:
+        return []
+    plan = Plan.of(target)
+    return [plan.overlay, plan.discarded.path]
+
+
 def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
     """See Reverts.check_revert."""
     layer = Layer.of(target)
@@ -154,7 +162,9 @@ def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) ->
     plan, layer = Plan.of(target), Layer.of(target)
     place, name = os.path.split(plan.overlay)
     with open_folder(hypervisor, place) as fd:
-        found = overlay.make(fd, layer.draft(tag), layer.origin, layer.origin_format, plan.size)
+        found = overlay.make(
+            fd, layer.draft(tag), layer.origin, layer.origin_format, plan.size, tag
+        )
         target = dataclasses.replace(plan, made=Image(plan.overlay, found)).into(target)
         record([target])
         overlay.give_name(fd, layer.draft(tag), name)

@@ -7,6 +7,7 @@ keep-alive within 20 s, a call on a domain with a stuck job after 30 s (qemu dri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -255,10 +256,14 @@ def _definitions(connection: libvirt.virConnect) -> list[Domain]:
 
 def read_domain(domain: libvirt.virDomain) -> Domain:
     """A Domain from a libvirt domain. Raises libvirt.libvirtError, as when it is gone."""
-    state, _ = domain.state()
+    state, reason = domain.state()
     persistent = bool(domain.isPersistent())
     live = domain.XMLDesc()
-    return _described(domain, live, state=_STATES.get(state, "nostate"), persistent=persistent)
+    found = _described(domain, live, state=_STATES.get(state, "nostate"), persistent=persistent)
+    migrated = reason == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED
+    if state == libvirt.VIR_DOMAIN_SHUTOFF and migrated and not found.active:
+        return dataclasses.replace(found, migrated=True)
+    return found
 
 
 def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: bool) -> Domain:

@@ -231,6 +231,8 @@ class Inventory:
         if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
             self._out.domain_resumed(uuid)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            if detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED:
+                log.info("domain %s was migrated away", uuid)
             # Saved and migrated are no more a shut down than destroyed or crashed: the file
             # systems were in use.
             self._out.domain_stopped(uuid, detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from snapd_vm import storage
+from snapd_vm import mark, storage
 from snapd_vm.model import Disk, Domain
 from snapd_vm.storage import FileId
 
@@ -70,9 +70,19 @@ def _identities(paths: Iterable[str]) -> set[FileId]:
 
 
 def _images(folders: Iterable[str]) -> Iterator[str]:
-    """The files in the folders, each folder once; a folder under /dev holds no images.
+    """The files in the folders that may have a chain.
 
-    Snapshots of ours are left out: they are whole, and of a raw one the guest wrote the header.
+    Clones of ours are left out: they are whole, and of a raw one the guest wrote the header.
+    """
+    for path in files_in(folders):
+        if not mark.is_clone(path):
+            yield path
+
+
+def files_in(folders: Iterable[str]) -> Iterator[str]:
+    """The files in the folders, each folder once, up to 4096 entries of each.
+
+    A folder under /dev holds no images.
     """
     for folder in {os.path.realpath(folder) for folder in folders if folder}:
         if folder == "/dev" or folder.startswith("/dev/"):
@@ -82,7 +92,7 @@ def _images(folders: Iterable[str]) -> Iterator[str]:
                 for number, entry in enumerate(entries):
                     if number >= _MOST_IMAGES:
                         break
-                    if entry.is_file() and not storage.is_marked(entry.path):
+                    if entry.is_file():
                         yield entry.path
         except OSError:
             continue
