@@ -95,11 +95,30 @@ def make(folder: int, origin: int, tag: Tag) -> int:
     It has the origin's owner, security label, list of rights and mode, without any right to write,
     and our mark. Raises MethodNotSupported, NoSpace and StorageFailed.
     """
+    fd = _unnamed(folder, origin, origin, 0o444)
+    try:
+        os.setxattr(fd, storage.MARK, _mark(tag))
+    except OSError as error:
+        os.close(fd)
+        raise _refusal(error) from error
+    return fd
+
+
+def make_image(folder: int, snapshot: int, like: int) -> int:
+    """The same, ready to be a clone of `snapshot` and to take the place of the image `like`.
+
+    It has that image's owner, security label, list of rights and mode, and no mark, as it is no
+    snapshot. Raises MethodNotSupported, NoSpace and StorageFailed.
+    """
+    return _unnamed(folder, snapshot, like, 0o7777)
+
+
+def _unnamed(folder: int, origin: int, like: int, rights: int) -> int:
     fd = -1
     try:
         # In a folder given by its descriptor; O_TMPFILE names the folder, not the file.
         fd = os.open(f"/proc/self/fd/{folder}", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        found = os.fstat(origin)
+        found = os.fstat(like)
         # btrfs clones only between files that both have checksums, or both have none.
         wanted, own = _flags(origin), _flags(fd)
         if (wanted ^ own) & _NOCOW:
@@ -107,12 +126,11 @@ def make(folder: int, origin: int, tag: Tag) -> int:
         os.fchown(fd, found.st_uid, found.st_gid)
         for name in _COPIED:
             try:
-                value = os.getxattr(origin, name)
+                value = os.getxattr(like, name)
             except OSError:  # none, or a file system without any
                 continue
             os.setxattr(fd, name, value)
-        os.fchmod(fd, found.st_mode & 0o444)
-        os.setxattr(fd, storage.MARK, _mark(tag))
+        os.fchmod(fd, found.st_mode & rights)
     except BaseException as error:
         if fd != -1:
             os.close(fd)
