@@ -17,7 +17,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
-from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, Created
+from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, Created
 from tests.real.places import INACTIVE, Places
 from tests.real.test_crash import unnamed
 from tests.real.test_delete import delete
@@ -78,12 +78,18 @@ async def test_a_guest_gets_its_disk_back(api: Api, lab: Lab, cloning: Mounted) 
         created = await api.create(guest, name="good", flags=QUIESCE_REQUIRED)
         for target in ("vda", "vdb"):
             guest.write(target, "mark", "after")
+        crash = await api.create(guest, name="crash", flags=NO_QUIESCE)
         guest.poweroff()
         before, other = Path(created.file).read_bytes(), guest.disk("vdb").path
         untouched = other.stat().st_ino, other.read_bytes()
         xml, files = guest.domain.XMLDesc(INACTIVE), sorted(os.listdir(cloning.path))
         assert await revert(api, created) == ""
         assert guest.domain.XMLDesc(INACTIVE) == xml
+        for back, consistency in ((crash, "crash"), (created, "offline")):
+            await revert(api, back)  # cleanly shut off, its disk may be what a crash leaves
+            taken = await api.create(guest)
+            assert taken.ours("consistency") == consistency
+            await delete(api, taken)
         assert sorted(os.listdir(cloning.path)) == files
         assert guest.disk().path.read_bytes() == before
         assert (other.stat().st_ino, other.read_bytes()) == untouched
@@ -93,7 +99,7 @@ async def test_a_guest_gets_its_disk_back(api: Api, lab: Lab, cloning: Mounted) 
         assert Path(created.file).read_bytes() == before
         later = await api.create(guest, name="later", flags=QUIESCE_REQUIRED)
         assert (await api.properties(later.snapshot, SNAPSHOT))["Consistency"] == "quiesced"
-        for one in (created, later):
+        for one in (created, crash, later):
             await delete(api, one)
         assert guest.read("vda", "mark") == "before"
     finally:

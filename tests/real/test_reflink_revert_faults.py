@@ -116,8 +116,9 @@ async def test_cancelled(connect: Connect, faulty: Lab, places: Places, cloning:
     assert path.read_bytes() == Path(created.file).read_bytes()
 
 
+@pytest.mark.parametrize("saved", [False, True])
 async def test_a_domain_that_is_started_in_between_keeps_what_it_runs_on(
-    connect: Connect, faulty: Lab, places: Places, cloning: Mounted
+    connect: Connect, faulty: Lab, places: Places, cloning: Mounted, saved: bool
 ) -> None:
     halted = Halted(faulty, RevertStep.ARMED)
     faulty.daemon.start({}, argv=halted.argv)
@@ -128,9 +129,14 @@ async def test_a_domain_that_is_started_in_between_keeps_what_it_runs_on(
     before = seen(path)
     call = await halted.begin(api, created)
     guest.domain.create()
+    if saved:
+        guest.domain.managedSave()
     halted.flag.unlink()
-    await refused(call, "Busy")
-    guest.domain.destroy()
+    await refused(call, "InvalidState" if saved else "Busy")
+    if saved:
+        guest.domain.managedSaveRemove()
+    else:
+        guest.domain.destroy()
     assert path.stat().st_ino == before[0]
     assert path.read_bytes() == before[2]
     assert sorted(os.listdir(path.parent)) == before[-1]
