@@ -27,6 +27,8 @@ CREATE TABLE operation (uuid TEXT PRIMARY KEY, domain TEXT NOT NULL, data TEXT N
 CREATE TABLE snapshot (uuid TEXT PRIMARY KEY, domain TEXT NOT NULL, data TEXT NOT NULL);
 CREATE TABLE held (domain TEXT PRIMARY KEY, data TEXT NOT NULL);
 CREATE TABLE unclean_stop (domain TEXT PRIMARY KEY);
+"""
+_SINCE_2 = """
 CREATE TABLE unclean_disk (domain TEXT NOT NULL, disk TEXT NOT NULL, PRIMARY KEY (domain, disk));
 PRAGMA user_version = 2;
 """
@@ -165,7 +167,9 @@ class Journal:
             self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
-                self._db.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
+                self._db.executescript(f"BEGIN;{_SCHEMA}{_SINCE_2}COMMIT;")
+            elif version == 1:
+                self._db.executescript(f"BEGIN;{_SINCE_2}COMMIT;")
             elif version != _VERSION:
                 raise Internal(f"The journal in {folder} is of version {version}, not {_VERSION}.")
         except (OSError, sqlite3.Error) as error:

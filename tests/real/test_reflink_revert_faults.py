@@ -374,6 +374,28 @@ async def test_an_image_that_is_replaced_after_the_check(
     assert os.listdir(secret.parent) == [secret.name]
 
 
+async def test_a_disk_that_is_given_another_image_meanwhile(
+    connect: Connect, faulty: Lab, places: Places, cloning: Mounted
+) -> None:
+    halted = Halted(faulty, RevertStep.ARMED)
+    faulty.daemon.start({}, argv=halted.argv)
+    api = await connect()
+    path, other = raw(cloning.path), raw(cloning.path)
+    guest = await guest_on(api, places, path)
+    (created,) = await stack(api, guest, path, 1)
+    before, contents = seen(path), other.read_bytes()
+    call = await halted.begin(api, created)
+    disk = etree.fromstring(guest.disk().xml)
+    source = disk.find("source")
+    assert source is not None
+    source.set("file", str(other))
+    guest.domain.updateDeviceFlags(etree.tostring(disk, encoding="unicode"), CONFIG)
+    halted.flag.unlink()
+    await refused(call, "InvalidState")
+    assert seen(path) == before
+    assert other.read_bytes() == contents
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
 async def test_a_folder_that_others_can_write(
     api: Api, places: Places, cloning: Mounted, mode: int
