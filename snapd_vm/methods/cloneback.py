@@ -178,6 +178,7 @@ def settle(hypervisor: Hypervisor, target: Target, tag: Tag) -> bool:
             and _is(folder, kept, plan.discarded)
             and _runs(hypervisor, copy.domain)
             and storage.reader_of(os.path.join(copy.folder, kept), "")
+            and not storage.write_locked(copy.image)
         ):  # a QEMU that had opened it before it was renamed, and locked it only afterwards
             log.warning("domain %s runs on what was to be discarded, and keeps it", copy.domain)
             _rename(folder, kept, image)

@@ -169,6 +169,30 @@ async def test_a_domain_that_runs_on_what_was_to_be_discarded_keeps_it(
     assert sorted(os.listdir(path.parent)) == before[-1]
 
 
+async def test_a_domain_that_runs_on_what_it_went_back_to_keeps_that(
+    connect: Connect, faulty: Lab, places: Places, cloning: Mounted
+) -> None:
+    """Whoever reads what was discarded: the guest writes to the other one already."""
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", RevertStep.SWITCHED, "--do", "kill"))
+    api = await connect()
+    path = raw(cloning.path)
+    guest = await guest_on(api, places, path)
+    (created,) = await stack(api, guest, path, 1)
+    before = seen(path)
+    await refused(revert(api, created), GONE)
+    await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
+    now = path.stat().st_ino
+    guest.domain.create()
+    with reader(f"{created.file}.discarded"):
+        faulty.daemon.start({}, argv=DAEMON)
+        await places.known(api)
+        await all_ready(api, guest)
+    assert path.stat().st_ino == now != before[0]
+    assert sorted(os.listdir(path.parent)) == before[-1]
+    guest.domain.destroy()
+    await revert(api, created)
+
+
 @pytest.mark.parametrize("step", [RevertStep.ARMED, RevertStep.SWITCHED])
 async def test_libvirtd_goes_away_and_comes_back(
     connect: Connect, faulty: Lab, places: Places, cloning: Mounted, step: RevertStep
