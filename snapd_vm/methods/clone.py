@@ -110,7 +110,7 @@ def make_image(folder: int, snapshot: int, like: int) -> int:
     It has that image's owner, security label, list of rights and mode, and no mark, as it is no
     snapshot. Raises MethodNotSupported, NoSpace and StorageFailed.
     """
-    return _unnamed(folder, snapshot, like, 0o7777)
+    return _unnamed(folder, snapshot, like, 0o777)
 
 
 def _unnamed(folder: int, origin: int, like: int, rights: int) -> int:
