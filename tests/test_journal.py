@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from snapd_vm.engine.journal import Journal, Kind, Operation
-from snapd_vm.model import Flags, SnapshotState, Tag
+from snapd_vm.model import Consistency, Flags, SnapshotState, Tag
 from tests.bus.fakes import make_snapshot
 
 
@@ -44,3 +44,34 @@ def test_a_snapshot_that_is_gone_is_not_written_down_again(tmp_path: Path) -> No
         journal.put(replace(snapshot, state=SnapshotState.MISSING))
     assert journal.snapshots() == [replace(there, state=SnapshotState.MISSING)]
     journal.close()
+
+
+def test_what_a_disk_went_back_to_counts_until_the_domain_runs(tmp_path: Path) -> None:
+    journal, one = Journal(tmp_path), revert()
+    (draft,) = one.drafts
+    crash = replace(one, drafts=(replace(draft, consistency=Consistency.CRASH),))
+    clean = replace(one, drafts=(replace(draft, consistency=Consistency.QUIESCED),))
+    journal.end(crash, [], release=False)  # undone
+    assert not journal.reverted_uncleanly(draft.domain_uuid)
+    for operation in (crash, clean, crash, crash):
+        journal.end(operation, [draft], release=False)
+        assert journal.reverted_uncleanly(draft.domain_uuid) == (operation is crash)
+    journal.stopped(draft.domain_uuid, clean=True)
+    assert journal.reverted_uncleanly(draft.domain_uuid)
+    journal.stopped(draft.domain_uuid, clean=False)
+    assert not journal.reverted_uncleanly(draft.domain_uuid)
+    journal.close()
+
+
+def test_a_journal_of_the_first_version(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(revert())
+    journal.close()
+    with sqlite3.connect(tmp_path / "journal.sqlite3") as db:
+        db.execute("DROP TABLE unclean_disk")
+        db.execute("PRAGMA user_version=1")
+    for _ in range(2):
+        journal = Journal(tmp_path)
+        assert journal.operations() == [revert()]
+        assert not journal.reverted_uncleanly(revert().tag.domain_uuid)
+        journal.close()

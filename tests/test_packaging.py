@@ -301,7 +301,7 @@ def test_confined_as_the_unit_says_the_daemon_sees_who_reads_a_snapshot(
     assert done.returncode == 0, done.stderr
 
 
-def test_confined_it_clones_too(served: tuple[Lab, Guest, Path]) -> None:
+def test_confined_it_clones_and_goes_back_too(served: tuple[Lab, Guest, Path]) -> None:
     lab, guest, command = served
     image = guest.disk("vdb").path
     options = ("--name", "clone", "--quiesce-required", "--json")
@@ -311,6 +311,15 @@ def test_confined_it_clones_too(served: tuple[Lab, Guest, Path]) -> None:
     (clone,) = image.parent.glob("snapd-vm-*")
     assert "i" in run("lsattr", clone).split()[0]
     assert clone.stat().st_uid == image.stat().st_uid
+    guest.write("vdb", "mark", "after")
+    guest.poweroff()
+    like = image.stat()
+    back = lab.as_user(None, [command, "revert", f"{guest.name}/vdb/clone"])
+    assert back.returncode == 0, back.stderr + lab.daemon.log
+    assert image.read_bytes() == clone.read_bytes()
+    assert image.stat().st_ino != like.st_ino
+    assert (image.stat().st_uid, image.stat().st_mode) == (like.st_uid, like.st_mode)
+    guest.start()
     gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdb/clone"])
     assert gone.returncode == 0, gone.stderr + lab.daemon.log
     assert not clone.exists()

@@ -27,9 +27,13 @@ CREATE TABLE operation (uuid TEXT PRIMARY KEY, domain TEXT NOT NULL, data TEXT N
 CREATE TABLE snapshot (uuid TEXT PRIMARY KEY, domain TEXT NOT NULL, data TEXT NOT NULL);
 CREATE TABLE held (domain TEXT PRIMARY KEY, data TEXT NOT NULL);
 CREATE TABLE unclean_stop (domain TEXT PRIMARY KEY);
-PRAGMA user_version = 1;
 """
-_VERSION = 1
+_SINCE_2 = """
+CREATE TABLE unclean_disk (domain TEXT NOT NULL, disk TEXT NOT NULL, PRIMARY KEY (domain, disk));
+PRAGMA user_version = 2;
+"""
+_VERSION = 2
+_CLEAN = (Consistency.OFFLINE, Consistency.QUIESCED)
 T = TypeVar("T")
 
 
@@ -163,7 +167,9 @@ class Journal:
             self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
-                self._db.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
+                self._db.executescript(f"BEGIN;{_SCHEMA}{_SINCE_2}COMMIT;")
+            elif version == 1:
+                self._db.executescript(f"BEGIN;{_SINCE_2}COMMIT;")
             elif version != _VERSION:
                 raise Internal(f"The journal in {folder} is of version {version}, not {_VERSION}.")
         except (OSError, sqlite3.Error) as error:
@@ -189,6 +195,8 @@ class Journal:
         """Close an operation: these snapshots are as they are here; `release` what was held."""
         rows: list[_Row] = [("DELETE FROM operation WHERE uuid = ?", (operation.tag.uuid,))]
         rows += [_put_snapshot(snapshot) for snapshot in snapshots]
+        if operation.kind is Kind.REVERT and snapshots:
+            rows.append(_put_disk(operation.drafts[0]))
         if release:
             rows.append(("DELETE FROM held WHERE domain = ?", (operation.tag.domain_uuid,)))
         self._write(rows)
@@ -210,11 +218,23 @@ class Journal:
         self._write([(statement, (json.dumps(dataclasses.asdict(snapshot)), snapshot.uuid))])
 
     def stopped(self, domain_uuid: str, *, clean: bool) -> None:
-        """Remember whether the domain's last stop was a clean one."""
+        """Remember whether the domain's last stop was a clean one; one that runs has had none.
+
+        What its disks were before it ran says no more what they are.
+        """
         if clean:
             self._write([("DELETE FROM unclean_stop WHERE domain = ?", (domain_uuid,))])
         else:
-            self._write([("INSERT OR REPLACE INTO unclean_stop VALUES (?)", (domain_uuid,))])
+            self._write(
+                [
+                    ("INSERT OR REPLACE INTO unclean_stop VALUES (?)", (domain_uuid,)),
+                    ("DELETE FROM unclean_disk WHERE domain = ?", (domain_uuid,)),
+                ]
+            )
+
+    def reverted_uncleanly(self, domain_uuid: str) -> bool:
+        """Whether a disk has gone back to a snapshot that is not clean since the domain ran."""
+        return bool(self._read("SELECT 1 FROM unclean_disk WHERE domain = ?", domain_uuid))
 
     def stopped_uncleanly(self, domain_uuid: str) -> bool:
         """Whether the last stop that we saw of the domain was not a clean one."""
@@ -264,6 +284,16 @@ def _put_operation(operation: Operation) -> _Row:
     tag = operation.tag
     text = json.dumps(dataclasses.asdict(operation))
     return "INSERT OR REPLACE INTO operation VALUES (?, ?, ?)", (tag.uuid, tag.domain_uuid, text)
+
+
+def _put_disk(snapshot: Snapshot) -> _Row:
+    """That the disk is what the snapshot is."""
+    statement = (
+        "DELETE FROM unclean_disk WHERE domain = ? AND disk = ?"
+        if snapshot.consistency in _CLEAN
+        else "INSERT OR REPLACE INTO unclean_disk VALUES (?, ?)"
+    )
+    return (statement, (snapshot.domain_uuid, snapshot.target.disk))
 
 
 def _put_snapshot(snapshot: Snapshot) -> _Row:

@@ -93,11 +93,36 @@ def make(folder: int, origin: int, tag: Tag) -> int:
     It has the origin's owner, security label, list of rights and mode, without any right to write,
     and our mark. Raises MethodNotSupported, NoSpace and StorageFailed.
     """
+    fd = _unnamed(folder, origin, origin, 0o444)
+    try:
+        if not mark.put(fd, mark.Kind.CLONE, tag):
+            raise MethodNotSupported(
+                "The file system of the disk's image keeps no trusted attributes; use another "
+                "method, such as qemu."
+            )
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError):
+            raise _refusal(error) from error
+        raise
+    return fd
+
+
+def make_image(folder: int, snapshot: int, like: int) -> int:
+    """The same, ready to be a clone of `snapshot` and to take the place of the image `like`.
+
+    It has that image's owner, security label, list of rights and mode, and no mark, as it is no
+    snapshot. Raises MethodNotSupported, NoSpace and StorageFailed.
+    """
+    return _unnamed(folder, snapshot, like, 0o777)
+
+
+def _unnamed(folder: int, origin: int, like: int, rights: int) -> int:
     fd = -1
     try:
         # In a folder given by its descriptor; O_TMPFILE names the folder, not the file.
         fd = os.open(f"/proc/self/fd/{folder}", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        found = os.fstat(origin)
+        found = os.fstat(like)
         # btrfs clones only between files that both have checksums, or both have none.
         wanted, own = _flags(origin), _flags(fd)
         if (wanted ^ own) & _NOCOW:
@@ -105,16 +130,11 @@ def make(folder: int, origin: int, tag: Tag) -> int:
         os.fchown(fd, found.st_uid, found.st_gid)
         for name in _COPIED:
             try:
-                value = os.getxattr(origin, name)
+                value = os.getxattr(like, name)
             except OSError:  # none, or a file system without any
                 continue
             os.setxattr(fd, name, value)
-        os.fchmod(fd, found.st_mode & 0o444)
-        if not mark.put(fd, mark.Kind.CLONE, tag):
-            raise MethodNotSupported(
-                "The file system of the disk's image keeps no trusted attributes; use another "
-                "method, such as qemu."
-            )
+        os.fchmod(fd, found.st_mode & rights)
     except BaseException as error:
         if fd != -1:
             os.close(fd)

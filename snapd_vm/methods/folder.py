@@ -1,4 +1,4 @@
-"""The folders that overlays lie in: entered only where none but root and QEMU's user can write."""
+"""The folders that images lie in: entered only where none but root and QEMU's user can write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from snapd_vm.errors import StorageFailed
 
 log = logging.getLogger(__name__)
 
+_MOST_LINKS = 40  # as in the kernel, path_resolution(7)
+
 
 class Hypervisor(Protocol):
     """What is needed of the hypervisor here."""
@@ -23,6 +25,23 @@ def open_folder(hypervisor: Hypervisor, folder: str) -> contextlib.AbstractConte
     """A descriptor of a folder in which only root and QEMU's user can write, or a refusal."""
     uid, gid = hypervisor.qemu_user()
     return storage.open_folder(folder, {0, uid}, {0, gid})
+
+
+def check_links(hypervisor: Hypervisor, declared: str, image: str) -> None:
+    """Where the image's path is a symlink, only root and QEMU's user may have made it.
+
+    Raises MethodNotSupported, and StorageFailed if it does not lead to `image` any more.
+    """
+    path = declared
+    for _ in range(_MOST_LINKS):
+        with open_folder(hypervisor, os.path.dirname(path)) as folder:
+            try:
+                link = os.readlink(os.path.basename(path), dir_fd=folder)
+            except OSError:  # EINVAL: no symlink
+                break
+        path = os.path.join(os.path.dirname(path), link)
+    if os.path.realpath(path) != image:
+        raise StorageFailed(f"The image {declared} was replaced meanwhile; try again.")
 
 
 def remove(hypervisor: Hypervisor, path: str) -> bool:

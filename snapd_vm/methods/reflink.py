@@ -9,21 +9,20 @@ up the room shall see it. It is given once the clone is whole, so before a kill 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from lxml import etree
 
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods import clone
+from snapd_vm.methods import clone, cloneback, overlay
 from snapd_vm.methods.clonetarget import CloneTarget
+from snapd_vm.methods.folder import check_links, open_folder
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 from snapd_vm.storage import FileId
@@ -33,15 +32,6 @@ log = logging.getLogger(__name__)
 _RESERVE = 1 << 20
 """Bytes that must be free: the clone takes none of its own but for its map, and a guest that
 overwrites what is shared needs new room at once."""
-
-_MOST_LINKS = 40  # as in the kernel, path_resolution(7)
-
-
-class Hypervisor(Protocol):
-    """What the method needs of the hypervisor; blocking, raises SnapdErrors."""
-
-    def user_of(self, path: str, uuid: str, target: str) -> str: ...
-    def qemu_user(self) -> tuple[int, int]: ...
 
 
 @dataclass(slots=True)
@@ -64,7 +54,7 @@ class Reflink:
     redirects = False
     together = False
 
-    def __init__(self, hypervisor: Hypervisor) -> None:
+    def __init__(self, hypervisor: cloneback.Hypervisor) -> None:
         self._hypervisor = hypervisor
         self._drafts: dict[tuple[str, str], _Draft] = {}
 
@@ -120,9 +110,9 @@ class Reflink:
         available, warnings = 0, list[str]()
         for target in targets:
             copy = CloneTarget.of(target)
-            self._check_links(copy)
-            with self._folder(copy.folder) as folder:
-                if _exists(folder, copy.name):
+            check_links(self._hypervisor, copy.declared, copy.image)
+            with open_folder(self._hypervisor, copy.folder) as folder:
+                if overlay.exists(folder, copy.name):
                     raise NameInUse(f"There is a file {copy.path} already; move it away.")
                 if storage.read_only(copy.folder):
                     raise StorageFailed(f"The folder {copy.folder} is read-only.")
@@ -157,7 +147,7 @@ class Reflink:
         prepared = []
         for target in targets:
             copy = CloneTarget.of(target)
-            with self._folder(copy.folder) as folder:
+            with open_folder(self._hypervisor, copy.folder) as folder:
                 image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
                 try:
                     os.fdatasync(image)
@@ -189,7 +179,7 @@ class Reflink:
         if draft is not None:
             if not draft.whole:
                 return False
-            with self._folder(copy.folder) as folder:
+            with open_folder(self._hypervisor, copy.folder) as folder:
                 clone.give_name(folder, draft.clone, copy.name)
             self._close(target, tag)
         own = clone.open_own(copy.path, copy.snapshot, copy.inode)
@@ -229,6 +219,30 @@ class Reflink:
         """No clone depends on another."""
         return None
 
+    def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
+        """See Reverts and cloneback.check."""
+        return cloneback.check(self._hypervisor, target, tag)
+
+    def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
+        """See Reverts and cloneback.prepare."""
+        return cloneback.prepare(self._hypervisor, target, tag, record)
+
+    def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """See Reverts and cloneback.switch."""
+        cloneback.switch(self._hypervisor, target, tag, watch)
+
+    def settle_revert(self, target: Target, tag: Tag) -> bool:
+        """See Reverts and cloneback.settle."""
+        return cloneback.settle(self._hypervisor, target, tag)
+
+    def reverted(self, target: Target, other: Target) -> Target | None:
+        """See Reverts and cloneback.reverted."""
+        return cloneback.reverted(target, other)
+
+    def among(self, target: Target, others: Sequence[Target]) -> Target:
+        """No clone depends on another."""
+        return target
+
     def state(self, target: Target, domains: Mapping[str, Domain]) -> str:
         """See Method."""
         return self.standing(target, domains).state
@@ -260,29 +274,12 @@ class Reflink:
         """The clone."""
         return [CloneTarget.of(target).path]
 
-    def _folder(self, folder: str) -> contextlib.AbstractContextManager[int]:
-        uid, gid = self._hypervisor.qemu_user()
-        return storage.open_folder(folder, {0, uid}, {0, gid})
-
-    def _check_links(self, copy: CloneTarget) -> None:
-        """Where the image's path is a symlink, only root and QEMU's user may have made it."""
-        path = copy.declared
-        for _ in range(_MOST_LINKS):
-            with self._folder(os.path.dirname(path)) as folder:
-                try:
-                    link = os.readlink(os.path.basename(path), dir_fd=folder)
-                except OSError:  # EINVAL: no symlink
-                    break
-            path = os.path.join(os.path.dirname(path), link)
-        if os.path.realpath(path) != copy.image:
-            raise StorageFailed(f"The image {copy.declared} was replaced meanwhile; try again.")
-
     def _remove(self, copy: CloneTarget) -> bool:
-        with self._folder(copy.folder) as folder:
+        with open_folder(self._hypervisor, copy.folder) as folder:
             removed = clone.remove(folder, copy.name, copy.snapshot, copy.inode)
             if removed:
                 log.info("removed %s", copy.path)
-            elif _exists(folder, copy.name):
+            elif overlay.exists(folder, copy.name):
                 log.warning("%s is not the clone that we made; left alone", copy.path)
         return removed
 
@@ -316,11 +313,3 @@ def _regular(path: str) -> FileId | None:
     except (OSError, ValueError):
         return None
     return FileId(found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
-
-
-def _exists(folder: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True

@@ -28,6 +28,7 @@ from snapd_vm.methods import commit, overlay
 from snapd_vm.methods.folder import open_folder, remove
 from snapd_vm.methods.layer import Image, Layer
 from snapd_vm.methods.method import Record, Watch
+from snapd_vm.methods.off import check_off
 from snapd_vm.methods.revertplan import Plan
 from snapd_vm.model import Disk, Domain, Json, Tag, Target
 
@@ -86,13 +87,7 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag, others: Sequence[Tar
 
 
 def _check_off(hypervisor: Hypervisor, domain: Domain) -> None:
-    if domain.active:
-        raise InvalidState(f"The domain is {domain.state}; shut it down first, and revert then.")
-    if hypervisor.managed_save(domain.uuid):
-        raise InvalidState(
-            "The domain has a managed save image, which would go on with the old disk; start it "
-            "and shut it down, or remove the image with 'virsh managedsave-remove'."
-        )
+    check_off(hypervisor, domain)
     if hypervisor.checkpoints(domain.uuid):
         raise InvalidState(
             "The domain has checkpoints, which are kept in the image that a revert discards; "

@@ -1,7 +1,7 @@
 """Anything in any order, on a real guest, against a model of what its disk and snapshots hold.
 
-For 60 s, in CI for ten minutes, and for as long as SNAPD_VM_MODEL_S says. What fails prints the
-steps that led to it; it is not shrunk, as each step takes a real guest.
+For 60 s, in CI for ten minutes, and for as long as SNAPD_VM_MODEL_S says; the methods share that.
+What fails prints the steps that led to it; it is not shrunk, as each step takes a real guest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec
@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from tests.bus.clients import Client
 from tests.lab.deadline import wait_until
+from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
@@ -35,7 +36,9 @@ from tests.real import images
 from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.places import file_of
 
-SECONDS = float(os.environ.get("SNAPD_VM_MODEL_S") or (600 if os.environ.get("CI") else 60))
+METHODS = ("qemu", "reflink")
+ALL = float(os.environ.get("SNAPD_VM_MODEL_S") or (600 if os.environ.get("CI") else 60))
+SECONDS = ALL / len(METHODS)
 P = ParamSpec("P")
 MOST = 4
 FILES = ("a", "b", "c")
@@ -84,6 +87,7 @@ class Model(RuleBasedStateMachine):
     lab: ClassVar[Lab]
     guest: ClassVar[Guest]
     scratch: ClassVar[Path]
+    method: ClassVar[str]
     loop: ClassVar[asyncio.AbstractEventLoop]
     api: ClassVar[Api]
     end: ClassVar[float]
@@ -168,7 +172,11 @@ class Model(RuleBasedStateMachine):
         off = self.state == "shutoff" and self.clean
         whole = off or (self.state == "running" and quiesce)
         flags = QUIESCE_REQUIRED if whole else NO_QUIESCE
-        self._remember(self.wait(self.api.create(self.guest, flags=flags)), whole=whole)
+        self._remember(self.wait(self._create(flags)), whole=whole)
+
+    def _create(self, flags: int = 0) -> Awaitable[Created]:
+        method = f"<diskSnapshot method='{self.method}'/>"
+        return self.api.create(self.guest, method_xml=method, flags=flags)
 
     def _remember(self, created: Created, *, whole: bool) -> None:
         files = dict(self.files) if whole else None
@@ -181,6 +189,28 @@ class Model(RuleBasedStateMachine):
             return
         gone = self.known.pop(which % len(self.known))
         self.wait(self.api.call(gone.path, SNAPSHOT, "Delete", "u", 0))
+
+    @rule(which=WHICH)
+    @step
+    def revert(self, which: int) -> None:
+        one = self._to_go_back_to(which)
+        if one is None:
+            return
+        try:
+            self.wait(self.api.call(one.path, SNAPSHOT, "Revert", "u", 0))
+        except ApiError as error:
+            assert not self._discardable(), error
+            return
+        self.files = dict(one.files or {})
+
+    def _to_go_back_to(self, which: int) -> Known | None:
+        """A snapshot of which it is known what files are in it, if the guest is off."""
+        known = [one for one in self.known if one.files is not None]
+        return known[which % len(known)] if known and self.state == "shutoff" else None
+
+    def _discardable(self) -> bool:
+        """Method qemu discards no image that was there before the first snapshot."""
+        return self.method != "qemu" or file_of(self.guest) != str(self.guest.disk().path)
 
     @rule(which=WHICH)
     @step
@@ -208,7 +238,7 @@ class Model(RuleBasedStateMachine):
     def killed_in_create(self, after: float) -> None:
         if not (len(self.known) < MOST):
             return
-        self._killed(self.api.create(self.guest), after)
+        self._killed(self._create(), after)
         paths = set(self.wait(self.api.snapshots_of(self.guest)))
         for path in paths - {one.path for one in self.known}:
             source = Created("", self.wait(self.api.backup_source(path)))
@@ -223,6 +253,23 @@ class Model(RuleBasedStateMachine):
         self._killed(self.api.call(one.path, SNAPSHOT, "Delete", "u", 0), after)
         if one.path not in self.wait(self.api.snapshots_of(self.guest)):
             self.known.remove(one)
+
+    @rule(after=st.floats(0, 0.2), which=WHICH)
+    @step
+    def killed_in_revert(self, after: float, which: int) -> None:
+        one = self._to_go_back_to(which)
+        if one is None or not self._discardable():
+            return
+        before = self._present()
+        self._killed(self.api.call(one.path, SNAPSHOT, "Revert", "u", 0), after)
+        assert self._present() in (before, one.checksum)
+        if self._present() == one.checksum:
+            self.files = dict(one.files or {})
+
+    def _present(self) -> str:
+        """The checksum of the disk of a guest that is off."""
+        image_format = "raw" if self.method == "reflink" else "qcow2"
+        return images.checksum(file_of(self.guest), image_format, self.scratch)
 
     def _killed(self, call: Awaitable[Any], after: float) -> None:
         """Kill the daemon in mid-call, and wait until the next one has settled everything."""
@@ -264,8 +311,16 @@ class Model(RuleBasedStateMachine):
         rows = self.wait(self.api.snapshots_of(self.guest))
         assert set(rows) == {one.path for one in self.known}
         assert {row["State"] for row in rows.values()} <= {"ready"}
-        assert len(images.chain(file_of(self.guest))) == 1 + len(self.known)
         assert file_of(self.guest) == file_of(self.guest, 2)
+        self._nothing_is_left_over()
+
+    def _nothing_is_left_over(self) -> None:
+        """In the folder are the images of the disk and of the snapshots, and the first one."""
+        used = {str(self.guest.disk().path), file_of(self.guest)}
+        for one in self.known:
+            used.add(Created("", self.wait(self.api.backup_source(one.path))).file)
+        folder = self.guest.disk().path.parent
+        assert {str(path) for path in folder.iterdir()} == used
 
     @step
     def teardown(self) -> None:
@@ -275,24 +330,42 @@ class Model(RuleBasedStateMachine):
             self.guest.domain.resume()
         elif self.state == "shutoff":
             self.guest.start()
-        assert images.chain(file_of(self.guest)) == [str(self.guest.disk().path)]
+        self.known.clear()
+        assert len(images.chain(file_of(self.guest))) == 1
+        self._nothing_is_left_over()
 
     def _checksum(self, source: Created) -> str:
         return images.checksum(source.file, source.ours("format"), self.scratch)
 
 
+@pytest.fixture(params=METHODS)
+def machine(daemon: Lab, scratch: Path, request: pytest.FixtureRequest) -> Iterator[type[Model]]:
+    """The model of a disk that the method takes, in a folder or file system of its own."""
+    Model.lab, Model.scratch, Model.method = daemon, scratch, request.param
+    if Model.method == "qemu":
+        Model.guest = daemon.guest([DiskSpec(folder=daemon.folder("model"))])
+        yield Model
+        Model.guest.remove()
+        return
+    made = daemon.block.mounted("xfs", 800)
+    Model.guest = daemon.guest([DiskSpec(format="raw", folder=made.path)])
+    yield Model
+    Model.guest.remove()
+    made.unmount()
+
+
 @pytest.mark.timeout(SECONDS + 300)
-def test_anything_in_any_order(daemon: Lab, scratch: Path) -> None:
+def test_anything_in_any_order(daemon: Lab, machine: type[Model]) -> None:
     """Asserts in its steps; ends when the time is up."""
     loop = asyncio.new_event_loop()
     client = loop.run_until_complete(Client.connect(daemon.address))
-    guest = daemon.guest()
-    Model.lab, Model.guest, Model.scratch, Model.loop = daemon, guest, scratch, loop
-    Model.api, Model.end, Model.steps = Api(client), time.monotonic() + SECONDS, 0
+    machine.loop, machine.api = loop, Api(client)
+    machine.end, machine.steps = time.monotonic() + SECONDS, 0
+    machine.done.clear()
     try:
         with pytest.raises(TimeIsUp):
             run_state_machine_as_test(
-                Model,
+                machine,
                 settings=settings(
                     max_examples=100_000,
                     stateful_step_count=60,
@@ -302,10 +375,9 @@ def test_anything_in_any_order(daemon: Lab, scratch: Path) -> None:
                     suppress_health_check=list(HealthCheck),
                 ),
             )
-        assert Model.steps > SECONDS / 10
+        assert machine.steps > SECONDS / 10
     except Failed as failed:
         raise AssertionError(str(failed)) from failed.__cause__
     finally:
         client.close()
         loop.close()
-        guest.remove()
