@@ -110,7 +110,9 @@ async def serve(
     bus = DiskSnapshotBus()
     try:
         await bus.connect()
-        await engine.start(Inventory(settings.uri, pool, executor, engine), _RECOVERY_LIMIT_S)
+        await engine.start(
+            Inventory(settings.uri, pool, executor, engine.hearing), _RECOVERY_LIMIT_S
+        )
         bus.serve(engine, __version__)
         await bus.take_name()
     except (CallFailed, ConnectionLost, NameTaken, OSError, SnapdError) as error:

@@ -15,18 +15,18 @@ from typing import Any, TypeAlias, TypeVar
 
 from snapd_vm.engine import choice, create, delete, revert, select
 from snapd_vm.engine.create import Failed
+from snapd_vm.engine.hearing import Hearing
 from snapd_vm.engine.jobs import Jobs, Running
 from snapd_vm.engine.journal import Operation, Step
 from snapd_vm.engine.keeper import Keeper
 from snapd_vm.engine.locks import DomainLocks
 from snapd_vm.engine.service import Listener
 from snapd_vm.engine.shelf import Shelf
+from snapd_vm.engine.tasks import Tasks
 from snapd_vm.engine.world import World
 from snapd_vm.errors import (
     Busy,
-    Cancelled,
     HypervisorUnavailable,
-    Internal,
     InvalidState,
     NoSuchDomain,
     SnapdError,
@@ -79,7 +79,6 @@ class Engine:
         self._world = world
         self._uri = uri
         self._inventory: Inventory | None = None
-        self._resumed: set[str] = set()
         self._locks = DomainLocks()
         self._reads = DomainLocks()
         self._shelf = Shelf(world, lambda: self.domains, lambda: self.connected)
@@ -89,11 +88,8 @@ class Engine:
         )
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._plan_slots = asyncio.Semaphore(_PLANS_AT_ONCE)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._work: set[asyncio.Task[Any]] = set()
-        self._marking = asyncio.Lock()
-        self._found = asyncio.Event()  # libvirt has told of all domains
-        self._closing = False
+        self._tasks = Tasks()
+        self.hearing = Hearing(world, self._shelf, self._keeper, self._tasks)
 
     # -- what the bus asks from memory -----------------------------------------------------------
 
@@ -141,49 +137,43 @@ class Engine:
         self._inventory = inventory
         await self._shelf.load()
         await self._keeper.load()
-        first = self._spawn(self._first_recovery(inventory))
+        first = self._tasks.spawn(self._first_recovery(inventory))
         _, late = await asyncio.wait([first], timeout=limit)
         if late:
             log.error("recovery has not ended within %g s and goes on", limit)
-        self._spawn(self._shelf.keep_looking())
+        self._tasks.spawn(self._shelf.keep_looking())
 
     async def _first_recovery(self, inventory: Inventory) -> None:
         """Connect and recover. Never cancelled: what runs in a thread would go on, unseen."""
         await inventory.start()
-        self._spawn(self._keeper.keep_thawing())
-        self._spawn(self._keeper.keep_settling())
+        self._tasks.spawn(self._keeper.keep_thawing())
+        self._tasks.spawn(self._keeper.keep_settling())
         await self._keeper.tried.wait()
 
     def look_for_strays(self) -> None:
         """Tell, once, of our files that no record knows: beside all else, with libvirt there."""
-        self._spawn(self._look_for_strays())
+        self._tasks.spawn(self._look_for_strays())
 
     async def _look_for_strays(self) -> None:
         from snapd_vm.engine import strays
 
         while True:
-            await self._found.wait()
+            await self.hearing.found.wait()
             try:
                 count = await self._world.run(strays.look, self._world, dict(self.domains))
             except HypervisorUnavailable:  # again when libvirt is back
-                self._found.clear()
+                self.hearing.found.clear()
                 continue
             log.info("looked for our files that no record knows: %d", count)
             return
 
     def stop_taking(self) -> None:
         """Begin nothing new; what waits for its turn is refused."""
-        self._closing = True
+        self._tasks.closing = True
 
     async def close(self, limit: float) -> None:
         """Let what runs come to its end, for at most `limit` seconds."""
-        self.stop_taking()
-        if self._work:
-            log.info("waiting for %d operations", len(self._work))
-            await asyncio.wait(self._work, timeout=limit)
-        for task in [*self._tasks, *self._work]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._work, return_exceptions=True)
+        await self._tasks.close(limit)
         if self._inventory is not None:
             await self._inventory.close()
 
@@ -203,7 +193,9 @@ class Engine:
             uid=uid,
             cancelable=True,
         )
-        task = self._start(self._as_job(running, self._create(uuid, pinned, running), _created))
+        task = self._tasks.begin(
+            self._as_job(running, self._create(uuid, pinned, running), _created)
+        )
         await asyncio.wait([task], timeout=self._patience)
         if not task.done() and not running.give_up():
             config = self._world.config
@@ -290,7 +282,7 @@ class Engine:
         world = self._world
         async with self._locks.hold(uuid, world.config.lock_timeout_s, watch):
             self._require_connection()
-            self._resumed.discard(uuid)
+            self.hearing.resumed.discard(uuid)
             remembered = [self.find(request) for request in requests]
             names = self._shelf.names(uuid)
             try:
@@ -302,7 +294,7 @@ class Engine:
                         requests,
                         names,
                         remembered,
-                        lambda: uuid in self._resumed,
+                        lambda: uuid in self.hearing.resumed,
                         watch,
                     )
             except Failed as failed:
@@ -408,54 +400,6 @@ class Engine:
                 reports.append(DiskReport(disk, "", str(error)))
         return reports
 
-    # -- what the inventory tells ----------------------------------------------------------------
-
-    def domain_added(self, domain: Domain) -> None:
-        if domain.active:
-            self._mark(domain.uuid, clean=False)
-        for listener in self._shelf.listeners:
-            listener.domain_added(domain)
-        self._spawn(self._shelf.look_at_domain(domain.uuid))
-
-    def domain_changed(self, old: Domain, new: Domain) -> None:
-        if new.active and not old.active:
-            self._mark(new.uuid, clean=False)
-        for listener in self._shelf.listeners:
-            listener.domain_changed(old, new)
-        self._spawn(self._shelf.look_at_domain(new.uuid))
-
-    def domain_removed(self, domain: Domain) -> None:
-        self._resumed.discard(domain.uuid)
-        for listener in self._shelf.listeners:
-            listener.domain_removed(domain)
-        self._spawn(self._shelf.look_at_domain(domain.uuid))
-
-    def domain_resumed(self, uuid: str) -> None:
-        self._resumed.add(uuid)
-
-    def domain_stopped(self, uuid: str, clean: bool) -> None:
-        self._mark(uuid, clean=clean)
-
-    def _mark(self, uuid: str, *, clean: bool) -> None:
-        """Remember whether the disks of a domain that is off, when it is, are clean.
-
-        One that runs is not: should the host go down, or should it stop while we don't look, nobody
-        says later how it ended.
-        """
-
-        async def write() -> None:
-            async with self._marking:  # in their order: the last word counts
-                await self._world.run(self._world.journal.stopped, uuid, clean=clean)
-
-        self._spawn(write())
-
-    def connection_changed(self, connected: bool) -> None:
-        for listener in self._shelf.listeners:
-            listener.connection_changed(connected)
-        if connected:
-            self._keeper.wake()
-            self._found.set()
-
     # -- small things ----------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
@@ -474,8 +418,7 @@ class Engine:
             self._slots.release()
 
     def _require_connection(self) -> None:
-        if self._closing:
-            raise Cancelled("The daemon is stopping; try again when it is back.")
+        self._tasks.require_open()
         if not self.connected:
             raise HypervisorUnavailable(_NOT_CONNECTED)
 
@@ -489,22 +432,11 @@ class Engine:
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
         """Run an operation to its end, whatever becomes of the caller's task."""
-        return await asyncio.shield(self._start(work))
-
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin an operation, which nobody's leaving ends. Raises Cancelled if none may begin."""
-        if self._closing:
-            work.close()
-            raise Cancelled("The daemon is stopping; try again when it is back.")
-        task = asyncio.create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-        task.add_done_callback(_consume)
-        return task
+        return await asyncio.shield(self._tasks.begin(work))
 
     async def _patiently(self, work: Coroutine[Any, Any, T]) -> T:
         """The outcome of what changes nothing. Raises TimedOut."""
-        task = self._start(work)
+        task = self._tasks.begin(work)
         await asyncio.wait([task], timeout=self._patience)
         if not task.done():
             raise TimedOut(_HANGS)
@@ -515,22 +447,6 @@ class Engine:
         """Seconds that a caller waits for what can be undone: its turn, the agent, and the rest."""
         config = self._world.config
         return 2 * config.lock_timeout_s + config.agent_timeout_s + _REST_S
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(_consume)
-        return task
-
-
-def _consume(task: asyncio.Task[Any]) -> None:
-    """Log what nobody awaits any more."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        if isinstance(error, SnapdError) and not isinstance(error, Internal):
-            log.debug("an operation ended with: %s", error)
-        else:
-            log.error("an operation ended with a stray error", exc_info=error)
 
 
 def _domain_of(found: Found) -> str:
