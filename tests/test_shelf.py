@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from snapd_vm.engine.shelf import Shelf
+from snapd_vm.methods.method import Standing
 from tests.bus.fakes import make_domain, make_snapshot
 
 SNAPSHOTS = 5
@@ -83,3 +86,55 @@ async def test_a_warning_is_told_once_and_again_when_all_was_well_in_between() -
     assert await told(space="little") == [("space", "little")]
     assert await told() == []
     assert await told(space="little") == [("space", "little")]
+
+
+class Explainer(CountedLooks):
+    """Stands for World, for a journal, and for a method that says why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Standing("ready")
+        self.journal = self
+
+    def standing(self, *_: Any) -> Standing:
+        return self.found
+
+    def files(self, *_: Any) -> list[str]:
+        return []
+
+    def put(self, *_: Any) -> None:
+        """Written down."""
+
+
+class Changed(Heard):
+    """A listener that is told of records, too."""
+
+    def snapshot_changed(self, *_: Any) -> None:
+        """Told."""
+
+
+async def test_why_is_told_once_and_again_when_it_is_something_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world: Any = Explainer()
+    heard: Any = Changed()
+    domain, snapshot = make_domain(1), make_snapshot()
+    shelf = Shelf(world, lambda: {domain.uuid: domain}, lambda: True)
+    shelf.listeners.append(heard)
+    shelf.snapshots[snapshot.uuid] = snapshot
+
+    async def told(state: str, why: str, code: str = "") -> list[str]:
+        world.found = Standing(state, why, code, "Mind it.")
+        caplog.clear()
+        heard.warnings.clear()
+        for _ in range(2):
+            await asyncio.gather(*(shelf.look(snapshot) for _ in range(3)))
+        assert shelf.snapshots[snapshot.uuid].state == state
+        return [record.getMessage().partition(" is ")[2] for record in caplog.records]
+
+    assert await told("ready", "") == []
+    assert await told("detached", "no disk") == ["detached: no disk"]
+    assert await told("detached", "no domain") == ["detached: no domain"]
+    assert await told("failed", "written to", "base-in-use") == ["failed: written to"]
+    assert heard.warnings == [("base-in-use", "Mind it.")]
+    assert await told("ready", "") == ["ready"]
