@@ -201,12 +201,21 @@ class Model(RuleBasedStateMachine):
         except ApiError as error:
             assert not self._discardable(), error
             return
+        assert self._present() == one.checksum
         self.files = dict(one.files or {})
 
     def _to_go_back_to(self, which: int) -> Known | None:
-        """A snapshot of which it is known what files are in it, if the guest is off."""
+        """A snapshot of which it is known what files are in it; the guest is off then."""
         known = [one for one in self.known if one.files is not None]
-        return known[which % len(known)] if known and self.state == "shutoff" else None
+        if not known:
+            return None
+        if self.state == "paused":  # or it would hardly ever come to it
+            self.guest.domain.resume()
+            self.state = "running"
+        if self.state == "running":
+            self.guest.poweroff()
+            self.state, self.clean = "shutoff", True
+        return known[which % len(known)]
 
     def _discardable(self) -> bool:
         """Method qemu discards no image that was there before the first snapshot."""
