@@ -27,13 +27,10 @@ class QemuConfig:
     `overlay_dirs`: absolute folders, besides a disk's own, in which overlays may be made; the first
     one is used for a disk whose own folder can't hold one (a block device).
     `commit_bandwidth`: the most that a delete may write, in MiB/s; 0: as much as it can.
-    `low_space_percent`: the file system of an overlay that grows is warned of when a smaller share
-    of it is free; 0: never.
     """
 
     overlay_dirs: tuple[str, ...] = ()
     commit_bandwidth: int = 0
-    low_space_percent: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,8 @@ class Config:
 
     `snapshot_limit`: the most snapshots that a disk may have.
     `chain_limit`: the most images that a disk's chain may have, the active one counted.
+    `low_space_percent`: a file system in which a snapshot makes a disk grow is warned of when a
+    smaller share of it is free; 0: never.
 
     `agent_timeout_s`: an agent that does not answer in this time is not there.
     `freeze_timeout_s`: limit of the freeze command itself.
@@ -57,6 +56,7 @@ class Config:
     lock_timeout_s: int = 30
     snapshot_limit: int = 16
     chain_limit: int = 16
+    low_space_percent: int = 10
     qemu: QemuConfig = field(default_factory=QemuConfig)
 
 
@@ -99,6 +99,8 @@ def parse(document: Mapping[str, object]) -> Config:
             values[key] = Path(_absolute(key, value))
         elif key in ("snapshot_limit", "chain_limit"):
             values[key] = _number(key, value, 1, _LONGEST_CHAIN)
+        elif key == "low_space_percent":
+            values[key] = _number(key, value, 0, 99)
         else:
             # libvirt's response timeout counts in whole seconds (virDomainAgentSetResponseTimeout).
             values[key] = _number(key, value, 1, 3600, " of seconds")
@@ -117,8 +119,6 @@ def _qemu(table: object) -> QemuConfig:
             values[key] = tuple(_absolute(name, path) for path in value)
         elif key == "commit_bandwidth":
             values[key] = _number(name, value, 0, _FASTEST_MIB_S, " of MiB/s")
-        elif key == "low_space_percent":
-            values[key] = _number(name, value, 0, 99)
         else:
             raise ConfigError(f"unknown key '{name}'")
     return QemuConfig(**values)

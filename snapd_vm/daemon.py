@@ -48,8 +48,10 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
     """The methods of this daemon, in the order in which a default is looked for."""
     table = settings.qemu
     in_order: Sequence[Method] = (
-        Reflink(hypervisor),
-        Qemu(hypervisor, table.overlay_dirs, table.commit_bandwidth << 20, table.low_space_percent),
+        Reflink(hypervisor, settings.low_space_percent),
+        Qemu(
+            hypervisor, table.overlay_dirs, table.commit_bandwidth << 20, settings.low_space_percent
+        ),
     )
     return {method.name: method for method in in_order}
 

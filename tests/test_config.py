@@ -28,7 +28,7 @@ def test_what_is_not_said_has_its_default() -> None:
         ({"chain_limit": "16"}, "'chain_limit' must be a whole number from 1 to 200"),
         ({"qemu": {"commit_bandwidth": -1}}, "'qemu.commit_bandwidth' must be a whole number of"),
         ({"qemu": {"commit_bandwidth": 1.5}}, "'qemu.commit_bandwidth' must be a whole number of"),
-        ({"qemu": {"low_space_percent": 100}}, "'qemu.low_space_percent' must be a whole number"),
+        ({"low_space_percent": 100}, "'low_space_percent' must be a whole number"),
         ({"lock_timeout_s": 0}, "'lock_timeout_s' must be a whole number of seconds from 1"),
         ({"qemu": {"overlay_dirs": "/a"}}, "'qemu.overlay_dirs' must be a list of absolute"),
     ],

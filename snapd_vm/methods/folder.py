@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Protocol
 
 from snapd_vm import storage
@@ -25,6 +26,17 @@ def open_folder(hypervisor: Hypervisor, folder: str) -> contextlib.AbstractConte
     """A descriptor of a folder in which only root and QEMU's user can write, or a refusal."""
     uid, gid = hypervisor.qemu_user()
     return storage.open_folder(folder, {0, uid}, {0, gid})
+
+
+def low_space(disk: str, folder: str, percent: int) -> Mapping[str, str]:
+    """The warning of Warns that there is less than this share of room where the disk grows."""
+    if not storage.space_below(folder, percent):
+        return {}
+    return {
+        "low-space": f"Disk {disk} is written to a file system with "
+        f"{storage.space_available(folder)} bytes left, and the guest stops when there are none; "
+        "make room, or delete snapshots."
+    }
 
 
 def check_links(hypervisor: Hypervisor, declared: str, image: str) -> None:

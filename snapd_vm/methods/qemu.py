@@ -25,7 +25,7 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods import beside, commit, overlay, revert, standing
-from snapd_vm.methods.folder import open_folder
+from snapd_vm.methods.folder import low_space, open_folder
 from snapd_vm.methods.layer import Layer
 from snapd_vm.methods.method import Record, Standing, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
@@ -354,14 +354,7 @@ class Qemu:
         disk = domain.disk(target.disk) if domain is not None else None
         if disk is None or not _same_file(disk.path, found.path):
             return {}  # it grows no more
-        folder = os.path.dirname(found.path)
-        if not storage.space_below(folder, self._low_space_percent):
-            return {}
-        return {
-            "low-space": f"Disk {target.disk} is written to a file system with "
-            f"{storage.space_available(folder)} bytes left, and the guest stops when there are "
-            "none; make room, or delete snapshots."
-        }
+        return low_space(target.disk, os.path.dirname(found.path), self._low_space_percent)
 
 
 def _chain(target: Target) -> int:

@@ -22,7 +22,7 @@ from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import clone, cloneback, overlay
 from snapd_vm.methods.clonetarget import CloneTarget
-from snapd_vm.methods.folder import check_links, open_folder
+from snapd_vm.methods.folder import check_links, low_space, open_folder
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 from snapd_vm.storage import FileId
@@ -54,8 +54,9 @@ class Reflink:
     redirects = False
     together = False
 
-    def __init__(self, hypervisor: cloneback.Hypervisor) -> None:
+    def __init__(self, hypervisor: cloneback.Hypervisor, low_space_percent: int) -> None:
         self._hypervisor = hypervisor
+        self._low_space_percent = low_space_percent
         self._drafts: dict[tuple[str, str], _Draft] = {}
 
     def suits(self, disk: Disk) -> str:
@@ -273,6 +274,15 @@ class Reflink:
     def files(self, target: Target) -> Sequence[str]:
         """The clone."""
         return [CloneTarget.of(target).path]
+
+    def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
+        """See Warns: what the guest overwrites of what it shares with a clone needs new room."""
+        copy = CloneTarget.of(target)
+        domain = domains.get(copy.domain)
+        disk = domain.disk(target.disk) if domain is not None else None
+        if disk is None or storage.file_id(disk.path) != copy.identity:
+            return {}
+        return low_space(target.disk, copy.folder, self._low_space_percent)
 
     def _remove(self, copy: CloneTarget) -> bool:
         with open_folder(self._hypervisor, copy.folder) as folder:
