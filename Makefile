@@ -69,7 +69,8 @@ check: $(VENV)/.stamp
 test: check packages
 	@status=0; set -x; \
 	$(RUN) pytest --ignore=tests/real || status=1; \
-	$(RUN) pytest tests/real -m 'not measures' -n 2 --dist loadfile || status=1; \
+	$(RUN) pytest tests/real -m 'not measures' \
+	    -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
 	$(RUN) pytest tests/real -m measures || status=1; \
 	exit $$status
 
