@@ -13,6 +13,7 @@ DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
 
 _LONGEST_CHAIN = 200
 """The most that libvirt itself loads (QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH)."""
+_MOST_SNAPSHOTS = 10_000
 _FASTEST_MIB_S = 1 << 20
 
 
@@ -97,7 +98,9 @@ def parse(document: Mapping[str, object]) -> Config:
             values[key] = _uri(value)
         elif key == "state_dir":
             values[key] = Path(_absolute(key, value))
-        elif key in ("snapshot_limit", "chain_limit"):
+        elif key == "snapshot_limit":
+            values[key] = _number(key, value, 1, _MOST_SNAPSHOTS)
+        elif key == "chain_limit":
             values[key] = _number(key, value, 1, _LONGEST_CHAIN)
         elif key == "low_space_percent":
             values[key] = _number(key, value, 0, 99)

@@ -22,7 +22,7 @@ def test_what_is_not_said_has_its_default() -> None:
     [
         ({"chain_limits": 3}, "unknown key 'chain_limits'"),
         ({"qemu": {"chain_limit": 3}}, "unknown key 'qemu.chain_limit'"),
-        ({"snapshot_limit": 0}, "'snapshot_limit' must be a whole number from 1 to 200"),
+        ({"snapshot_limit": 0}, "'snapshot_limit' must be a whole number from 1 to 10000"),
         ({"chain_limit": 201}, "'chain_limit' must be a whole number from 1 to 200"),
         ({"chain_limit": True}, "'chain_limit' must be a whole number from 1 to 200"),
         ({"chain_limit": "16"}, "'chain_limit' must be a whole number from 1 to 200"),

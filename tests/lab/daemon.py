@@ -17,7 +17,7 @@ from tests.lab.program import CHECKOUT
 from tests.lab.run import Run
 
 ARGV = (sys.executable, "-m", "snapd_vm", "daemon")
-LIMITS = {"snapshot_limit": 200, "chain_limit": 200}
+LIMITS = {"snapshot_limit": 1000, "chain_limit": 200}
 """Tests that share a guest make more snapshots of it than anybody should."""
 
 
