@@ -7,7 +7,6 @@ service's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +73,7 @@ async def _each(service: Service, options: argparse.Namespace, change: Change) -
             status = 130
             break
     several = change is DELETE
-    text = _json(answers if several else answers[0]) if options.json else ""
+    text = cli_text.as_json(answers if several else answers[0]) if options.json else ""
     if status:
         raise Ended(status, text)
     return text
@@ -96,7 +95,3 @@ def _tell(said: str, answer: dict[str, Any], change: Change) -> None:
     words = change.doing if job else change.told
     sys.stdout.write(cli_text.printable(f"{words} {said}{job}") + "\n")
     sys.stdout.flush()
-
-
-def _json(answers: object) -> str:
-    return json.dumps(answers, indent=2, ensure_ascii=False) + "\n"

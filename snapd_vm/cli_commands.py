@@ -7,7 +7,6 @@ the contract's names in lower case, bytes and microseconds as numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from xml.etree import ElementTree
@@ -35,10 +34,6 @@ async def run(options: argparse.Namespace) -> str:
         return await _COMMANDS[options.command](service, options)
 
 
-def _json(answer: object) -> str:
-    return json.dumps(answer, indent=2, ensure_ascii=False) + "\n"
-
-
 async def _list(service: Service, options: argparse.Namespace) -> str:
     wanted = await _domain_uuid(service, options.domain) if options.domain else ""
     records = [
@@ -47,7 +42,7 @@ async def _list(service: Service, options: argparse.Namespace) -> str:
         if not wanted or record["domain_uuid"] == wanted
     ]
     if options.json:
-        return _json(records)
+        return cli_text.as_json(records)
     headings = ("SNAPSHOT", "AGE", "CONSISTENCY", "STATE", "METHOD", "FORMAT", "SIZE")
     return cli_text.table(headings, _tree(records, time.time_ns() // 1000))
 
@@ -92,7 +87,7 @@ async def _disks(service: Service, options: argparse.Namespace) -> str:
     domain = await service.find_domain(options.domain)
     (disks,) = await service.call(domain, cli_bus.DOMAIN, "Disks")
     if options.json:
-        return _json(disks)
+        return cli_text.as_json(disks)
     rows = [
         (
             disk["target"],
@@ -122,7 +117,11 @@ def _place(source: str) -> str:
 
 async def _methods(service: Service, options: argparse.Namespace) -> str:
     methods = (await service.properties(cli_bus.ROOT, cli_bus.MANAGER))["Methods"]
-    return _json(methods) if options.json else cli_text.table(("METHOD",), [(m,) for m in methods])
+    return (
+        cli_text.as_json(methods)
+        if options.json
+        else cli_text.table(("METHOD",), [(m,) for m in methods])
+    )
 
 
 async def _complete(service: Service, options: argparse.Namespace) -> str:

@@ -6,7 +6,6 @@ What is allowed and possible is the service's to say.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +52,7 @@ async def create(service: Service, options: argparse.Namespace) -> str:
     made = [await _made(service, options, *answer) for answer in answers]
     if options.json:
         told = [record | answer for record, answer, _ in made]
-        return _json(told if len(options.disk) > 1 else told[0])
+        return cli_text.as_json(told if len(options.disk) > 1 else told[0])
     return "\n".join(cli_text.fields(rows) for _, _, rows in made)
 
 
@@ -132,7 +131,7 @@ async def plan(service: Service, options: argparse.Namespace) -> str:
     words = (_disk_xml(options.disk), options.method, options.name, options.flags)
     (found,) = await service.call(path, cli_bus.DOMAIN, "Plan", "sssu", *words)
     if options.json:
-        return _json(found)
+        return cli_text.as_json(found)
     needed, available = found["space_needed"], found["space_available"]
     return cli_text.fields(
         [
@@ -143,7 +142,3 @@ async def plan(service: Service, options: argparse.Namespace) -> str:
             *(("Warning", warning) for warning in found["warnings"]),
         ]
     )
-
-
-def _json(answer: object) -> str:
-    return json.dumps(answer, indent=2, ensure_ascii=False) + "\n"

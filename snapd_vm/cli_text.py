@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
 
 
@@ -15,6 +16,11 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def as_json(answer: object) -> str:
+    """What `--json` prints of an answer."""
+    return json.dumps(answer, indent=2, ensure_ascii=False) + "\n"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
