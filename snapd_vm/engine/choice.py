@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid as uuids
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -83,12 +83,12 @@ class Choices:
 
 
 def choose(
-    world: World, uuid: str, requests: Sequence[Request], names: Mapping[str, Snapshot]
+    world: World, uuid: str, requests: Sequence[Request], known: Sequence[Snapshot]
 ) -> Choices:
     """Read the domain again from libvirt, and find the disks and their methods in that.
 
-    `requests` are for one domain and have one name and the same flags; `names` are those in use on
-    any disk of the domain, as "target/label", with their snapshots. Raises SnapdErrors.
+    `requests` are for one domain and have one name and the same flags; `known` are the snapshots of
+    all its disks. Raises SnapdErrors.
     """
     domain = world.hypervisor.read(uuid)
     disks = []
@@ -102,13 +102,13 @@ def choose(
     if twice:
         raise InvalidArgs(f"Disk {twice} is named more than once; name it once.")
     created_us = int(time.time() * 1e6)
-    label = _label(requests[0].name, targets, names, created_us)
+    label = _label(requests[0].name, targets, known, created_us)
     choices = []
     for disk, request in zip(disks, requests, strict=True):
         tag = Tag(str(uuids.uuid4()), label, domain.uuid, domain.name, created_us)
         method, target, _ = select.choose_method(world.methods, domain, disk, request, tag)
-        known = tuple(one for one in names.values() if one.target.disk == disk.target)
-        choices.append(Choice(disk, method, target, tag, known))
+        own = tuple(one for one in known if one.target.disk == disk.target)
+        choices.append(Choice(disk, method, target, tag, own))
     return Choices(domain, tuple(choices))
 
 
@@ -144,13 +144,12 @@ def check(world: World, choices: Choices) -> Choices:
     return dataclasses.replace(choices, disks=sized, needs=together, floor=floor)
 
 
-def _label(
-    name: str, targets: Sequence[str], names: Mapping[str, Snapshot], created_us: int
-) -> str:
+def _label(name: str, targets: Sequence[str], known: Sequence[Snapshot], created_us: int) -> str:
     """The name asked for, or one made from the time, that none of the disks has yet."""
+    used = {(snapshot.target.disk, snapshot.name) for snapshot in known}
 
     def taken(label: str) -> str:
-        return next((target for target in targets if f"{target}/{label}" in names), "")
+        return next((target for target in targets if (target, label) in used), "")
 
     if name:
         target = taken(name)
@@ -181,9 +180,9 @@ def _floor(world: World, domain: Domain) -> Consistency:
     return Consistency.CRASH
 
 
-def plan(world: World, uuid: str, request: Request, names: Mapping[str, Snapshot]) -> Plan:
+def plan(world: World, uuid: str, request: Request, known: Sequence[Snapshot]) -> Plan:
     """What Create would answer; pings the agent, freezes nothing. Raises what Create would."""
-    choices = choose(world, uuid, [request], names)
+    choices = choose(world, uuid, [request], known)
     with closing(Survey(world, request.flags)) as survey:
         survey.ask(choices.domain, choices.targets)
         choices = check(world, choices)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -69,24 +69,24 @@ def take(
     world: World,
     uuid: str,
     requests: Sequence[Request],
-    names: Mapping[str, Snapshot],
+    known: Sequence[Snapshot],
     remembered: Sequence[Found],
     resumed: Callable[[], bool],
     watch: Watch,
 ) -> Taken:
     """Do it, up to the reading back; the journal's last entry is the caller's to write.
 
-    `resumed` tells whether the domain's vCPUs were started meanwhile; `requests` and `names` as for
+    `resumed` tells whether the domain's vCPUs were started meanwhile; `requests` and `known` as for
     `choose`. What is `remembered` of domain and disks is used to ask the agent early, and for
     nothing else. Raises Failed for what has to be undone, and other SnapdErrors where nothing was
     changed.
     """
     flags = requests[0].flags
     with closing(Survey(world, flags)) as survey:
-        known = [found.disk.target for found in remembered if found.disk is not None]
-        if remembered[0].domain is not None and len(known) == len(requests):
-            survey.ask(remembered[0].domain, known)
-        choices = choose(world, uuid, requests, names)
+        targets = [found.disk.target for found in remembered if found.disk is not None]
+        if remembered[0].domain is not None and len(targets) == len(requests):
+            survey.ask(remembered[0].domain, targets)
+        choices = choose(world, uuid, requests, known)
         survey.ask(choices.domain, choices.targets)
         choices = check(world, choices)
         survey.refuse(choices.floor)

@@ -98,8 +98,7 @@ def carry_out(
     """Do what was begun, again if need be; the other snapshots whose source has moved.
 
     `all_of` are all the domain's. Raises Cancelled with the operation closed, and all as `kept`
-    says; other SnapdErrors with the
-    operation open, to be called again.
+    says; other SnapdErrors with the operation open, to be called again.
     """
     snapshot = operation.drafts[0]
     method = world.methods[snapshot.target.method]

@@ -21,7 +21,7 @@ from snapd_vm.engine.journal import Operation, Step
 from snapd_vm.engine.keeper import Keeper
 from snapd_vm.engine.locks import DomainLocks
 from snapd_vm.engine.service import Listener
-from snapd_vm.engine.shelf import Shelf
+from snapd_vm.engine.shelf import SPOILT, Shelf
 from snapd_vm.engine.tasks import Tasks
 from snapd_vm.engine.world import World
 from snapd_vm.errors import (
@@ -228,13 +228,9 @@ class Engine:
             uid=uid,
             cancelable=True,
         )
-        return await self._shielded(
-            self._as_job(
-                running,
-                self._changed(begin, snapshot_uuid, uid, busy, running),
-                lambda _disk: {},
-            )
-        )
+        work = self._changed(begin, snapshot_uuid, uid, busy, running)
+        task = self._tasks.begin(self._as_job(running, work, lambda _disk: {}))
+        return await asyncio.shield(task)
 
     async def cancel(self, number: int) -> None:
         await self._jobs.cancel(number)
@@ -256,10 +252,7 @@ class Engine:
         if snapshot.state is SnapshotState.MISSING:
             raise StorageFailed("The snapshot's storage is gone; there is nothing to read.")
         if snapshot.spoilt:
-            raise InvalidState(
-                "A delete of the snapshot was broken off, and its contents are no longer what they "
-                "were; delete it."
-            )
+            raise InvalidState(SPOILT)
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
                 "A domain's definition names, or somebody has changed, the image that the "
@@ -284,7 +277,7 @@ class Engine:
             self._require_connection()
             self.hearing.resumed.discard(uuid)
             remembered = [self.find(request) for request in requests]
-            names = self._shelf.names(uuid)
+            known = self._shelf.of(uuid)
             try:
                 async with self._slot():
                     taken = await world.run(
@@ -292,7 +285,7 @@ class Engine:
                         world,
                         uuid,
                         requests,
-                        names,
+                        known,
                         remembered,
                         lambda: uuid in self.hearing.resumed,
                         watch,
@@ -339,8 +332,8 @@ class Engine:
         world = self._world
         async with self._locks.hold(uuid, world.config.lock_timeout_s), self._plan_slots:
             self._require_connection()
-            names = self._shelf.names(uuid)
-            return await world.run(choice.plan, world, uuid, request, names)
+            known = self._shelf.of(uuid)
+            return await world.run(choice.plan, world, uuid, request, known)
 
     async def _disks(self, uuid: str) -> Sequence[DiskReport]:
         """One at a time for each domain, so that a QEMU that hangs takes one thread of ours."""
@@ -429,10 +422,6 @@ class Engine:
                 await self._inventory.refresh(uuid)
             except SnapdError as error:
                 log.debug("domain %s was not read again: %s", uuid, error)
-
-    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run an operation to its end, whatever becomes of the caller's task."""
-        return await asyncio.shield(self._tasks.begin(work))
 
     async def _patiently(self, work: Coroutine[Any, Any, T]) -> T:
         """The outcome of what changes nothing. Raises TimedOut."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from snapd_vm.engine.delete import tag_of
 from snapd_vm.engine.journal import Kind, Operation, RevertStep
+from snapd_vm.engine.shelf import SPOILT
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, InvalidState, MethodNotSupported, StorageFailed
 from snapd_vm.methods.method import Reverts, Watch
@@ -41,10 +42,7 @@ def begin(
     """
     tag, method = tag_of(snapshot), _method(world, snapshot)
     if snapshot.spoilt:
-        raise InvalidState(
-            "A delete of the snapshot was broken off, and its contents are no longer what they "
-            "were; delete it."
-        )
+        raise InvalidState(SPOILT)
     if snapshot.state is SnapshotState.FAILED:
         raise InvalidState(
             "A domain's definition names, or somebody has changed, the image that the snapshot is; "

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 _LOOK_S = 30.0
 """Nobody tells of a file that was removed; so it is looked for this often."""
 
+SPOILT = (
+    "A delete of the snapshot was broken off, and its contents are no longer what they were; "
+    "delete it."
+)
+"""Of a snapshot that is `spoilt`: what everybody may be told, and callers are."""
+
 _AT_WORK = (SnapshotState.DELETING, SnapshotState.REVERTING)
 
 
@@ -57,10 +63,6 @@ class Shelf:
             raise NoSuchSnapshot("There is no such snapshot.")
         return snapshot
 
-    def names(self, domain_uuid: str) -> Mapping[str, Snapshot]:
-        """The labels in use on a domain's disks, as "target/label", and whose they are."""
-        return {f"{s.target.disk}/{s.name}": s for s in self.of(domain_uuid)}
-
     def add(self, snapshot: Snapshot) -> None:
         """One that the journal has already."""
         self.snapshots[snapshot.uuid] = snapshot
@@ -89,8 +91,7 @@ class Shelf:
             self.warn(
                 snapshot,
                 "spoilt",
-                "A delete of the snapshot was broken off, and its contents are no longer what they "
-                "were; delete it.",
+                SPOILT,
             )
 
     def remove(self, uuid: str) -> None:
