@@ -17,7 +17,8 @@ from typing import Protocol
 from snapd_vm import command, qcow2, storage
 from snapd_vm.errors import Busy, InvalidState, NoSpace, StorageFailed
 from snapd_vm.methods import folder
-from snapd_vm.methods.layer import Image, Layer
+from snapd_vm.methods.image import Image
+from snapd_vm.methods.layer import Layer
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,7 @@ def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
     user = hypervisor.user_of(layer.origin, layer.domain, disk, known(layer))
     if user:
         raise Busy(f"The snapshot's image is also used by {user}.")
-    reader = storage.reader_of(layer.origin, layer.domain)
-    if reader:
-        raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
+    folder.refuse_reader(layer.origin, layer.domain)
     check(layer)
 
 

@@ -18,6 +18,10 @@ from snapd_vm import mark, storage
 from snapd_vm.errors import MethodNotSupported, NameInUse, NoSpace, SnapdError, StorageFailed
 from snapd_vm.model import Tag
 
+RESERVE = 1 << 20
+"""Bytes that must be free: the clone takes none of its own but for its map, and a guest that
+overwrites what is shared needs new room at once."""
+
 # linux/fs.h, as on x86 and arm; the flags are an int although the numbers say long, ioctl_iflags(2)
 _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D

@@ -17,15 +17,12 @@ from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, NoSuchDomain
 from snapd_vm.methods import clone, off, overlay
 from snapd_vm.methods.clonetarget import CloneTarget
 from snapd_vm.methods.folder import check_links, open_folder
-from snapd_vm.methods.layer import Image
+from snapd_vm.methods.image import Image, revert_of
 from snapd_vm.methods.method import Record, Watch
 from snapd_vm.model import Disk, Domain, Json, Tag, Target
 from snapd_vm.storage import FileId
 
 log = logging.getLogger(__name__)
-
-_RESERVE = 1 << 20
-"""Bytes that must be free, as for the clone itself (see reflink.py)."""
 
 
 class Hypervisor(off.Hypervisor, Protocol):
@@ -48,9 +45,7 @@ class _Plan:
 
     @classmethod
     def of(cls, target: Target) -> _Plan:
-        data = target.data["revert"]
-        if not isinstance(data, dict):
-            raise TypeError("no revert was written down")
+        data = revert_of(target)
         made = data.get("made")
         return cls(Image.of(data["discarded"]), Image.of(made) if made else None)
 
@@ -87,7 +82,7 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag) -> Target:
     if storage.read_only(copy.folder):
         raise StorageFailed(f"The folder {copy.folder} is read-only.")
     available = storage.space_available(copy.folder)
-    if available < _RESERVE:
+    if available < clone.RESERVE:
         raise NoSpace(
             f"The folder {copy.folder} has {available} bytes left, and what the guest overwrites "
             "after the revert needs new room; make some first."

@@ -21,7 +21,7 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods import beside, overlay
-from snapd_vm.methods.folder import remove
+from snapd_vm.methods.folder import refuse_reader, remove
 from snapd_vm.methods.layer import Layer
 from snapd_vm.methods.method import Kept, Watch
 from snapd_vm.model import Disk, Domain, Tag
@@ -170,9 +170,7 @@ def check_delete(hypervisor: Hypervisor, layer: Layer, disk: str) -> None:
         user = hypervisor.user_of(path, layer.domain, disk, beside.known(layer))
         if user:
             raise Busy(f"An image of disk {disk} is also used by {user}.")
-        reader = storage.reader_of(path, layer.domain)
-        if reader:
-            raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
+        refuse_reader(path, layer.domain)
     if layer.origin_type == "file":
         _check_space(layer)
     beside.check(layer)

@@ -1,4 +1,6 @@
-"""The folders that images lie in: entered only where none but root and QEMU's user can write."""
+"""What methods ask of images' folders, entered only where none but root and QEMU's user can write,
+and of the files in them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from snapd_vm import storage
-from snapd_vm.errors import StorageFailed
+from snapd_vm.errors import Busy, StorageFailed
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,13 @@ def check_links(hypervisor: Hypervisor, declared: str, image: str) -> None:
         path = os.path.join(os.path.dirname(path), link)
     if os.path.realpath(path) != image:
         raise StorageFailed(f"The image {declared} was replaced meanwhile; try again.")
+
+
+def refuse_reader(path: str, uuid: str) -> None:
+    """Raise Busy where somebody reads a snapshot's file; for `uuid` see storage.reader_of."""
+    reader = storage.reader_of(path, uuid)
+    if reader:
+        raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
 
 
 def remove(hypervisor: Hypervisor, path: str) -> bool:

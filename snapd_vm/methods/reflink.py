@@ -22,16 +22,12 @@ from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import clone, cloneback, overlay
 from snapd_vm.methods.clonetarget import CloneTarget
-from snapd_vm.methods.folder import check_links, low_space, open_folder
+from snapd_vm.methods.folder import check_links, low_space, open_folder, refuse_reader
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 from snapd_vm.storage import FileId
 
 log = logging.getLogger(__name__)
-
-_RESERVE = 1 << 20
-"""Bytes that must be free: the clone takes none of its own but for its map, and a guest that
-overwrites what is shared needs new room at once."""
 
 
 @dataclass(slots=True)
@@ -118,7 +114,7 @@ class Reflink:
                 if storage.read_only(copy.folder):
                     raise StorageFailed(f"The folder {copy.folder} is read-only.")
                 available = storage.space_available(copy.folder)
-                if available < _RESERVE * len(targets):
+                if available < clone.RESERVE * len(targets):
                     raise NoSpace(
                         f"The folder {copy.folder} has {available} bytes left; what the guest "
                         "overwrites after the snapshot needs new room, so make some first."
@@ -138,7 +134,7 @@ class Reflink:
                     f"As the guest overwrites disk {target.disk}, up to {used} bytes more are "
                     f"needed, and {available} are free; the guest stops when there are none."
                 )
-        return Needs(_RESERVE * len(targets), available, tuple(warnings))
+        return Needs(clone.RESERVE * len(targets), available, tuple(warnings))
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
         """Open the images and make files without a name, to which the clones then only go.
@@ -207,9 +203,7 @@ class Reflink:
         user = self._hypervisor.user_of(copy.path, "", "")
         if user:
             raise Busy(f"The snapshot is used by {user}.")
-        reader = storage.reader_of(copy.path, "")
-        if reader:
-            raise Busy(f"The snapshot is being read by {reader}; wait for its end.")
+        refuse_reader(copy.path, "")
 
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """Remove the clone."""

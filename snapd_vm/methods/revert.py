@@ -26,7 +26,8 @@ from snapd_vm.errors import (
 )
 from snapd_vm.methods import commit, overlay
 from snapd_vm.methods.folder import open_folder, remove
-from snapd_vm.methods.layer import Image, Layer
+from snapd_vm.methods.image import Image
+from snapd_vm.methods.layer import Layer
 from snapd_vm.methods.method import Record, Watch
 from snapd_vm.methods.off import check_off
 from snapd_vm.methods.revertplan import Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from snapd_vm.methods.layer import Image, images
+from snapd_vm.methods.image import Image, images, revert_of
 from snapd_vm.model import Json, Target
 
 
@@ -25,9 +25,7 @@ class Plan:
 
     @classmethod
     def of(cls, target: Target) -> Plan:
-        data = target.data["revert"]
-        if not isinstance(data, dict):
-            raise TypeError("no revert was written down")
+        data = revert_of(target)
         size, made = data["size"], data.get("made")
         return cls(
             str(data["overlay"]),
