@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,10 @@ def parse(document: Mapping[str, object]) -> Config:
             raise ConfigError(f"unknown key '{key}'")
     values: dict[str, object] = {}
     for key, value in document.items():
-        if key == "qemu":
-            values[key] = _qemu(value)
+        if key in _TABLES:
+            if not isinstance(value, dict):
+                raise ConfigError(f"'{key}' must be a table")
+            values[key] = _TABLES[key](value)
         elif key == "uri":
             values[key] = _uri(value)
         elif key == "state_dir":
@@ -110,9 +112,7 @@ def parse(document: Mapping[str, object]) -> Config:
     return Config(**values)  # type: ignore[arg-type]  # each value was checked under its key above
 
 
-def _qemu(table: object) -> QemuConfig:
-    if not isinstance(table, dict):
-        raise ConfigError("'qemu' must be a table")
+def _qemu(table: Mapping[str, object]) -> QemuConfig:
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = f"qemu.{key}"
@@ -125,6 +125,10 @@ def _qemu(table: object) -> QemuConfig:
         else:
             raise ConfigError(f"unknown key '{name}'")
     return QemuConfig(**values)
+
+
+_TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {"qemu": _qemu}
+"""What reads the table of each method that has one."""
 
 
 def _uri(value: object) -> str:

@@ -17,9 +17,10 @@ ALLOWED = {  # what each part may import besides itself
     "safexml": LOWEST,
     "request": LOWEST | {"safexml"},
     "mark": LOWEST,
+    "mounts": LOWEST,
     "storage": LOWEST | {"qcow2", "command"},
 }
-ALLOWED["virt"] = LOWEST | {"command", "config", "mark", "qcow2", "safexml", "storage"}
+ALLOWED["virt"] = LOWEST | {"command", "config", "mark", "mounts", "qcow2", "safexml", "storage"}
 ALLOWED["methods"] = ALLOWED["virt"]
 ALLOWED["engine"] = {*ALLOWED["virt"], "virt", "methods", "journald"}
 ALLOWED["bus"] = LOWEST | {"engine", "request", "safexml"}

@@ -77,9 +77,19 @@ class Choices:
         return list({choice.method.name: choice.method for choice in self.disks}.values())
 
     @property
-    def together(self) -> bool:
-        """Whether the disks are taken at one instant, even if the guest goes on meanwhile."""
-        return len(self.disks) == 1 or (len(self.methods) == 1 and self.methods[0].together)
+    def still(self) -> bool:
+        """Whether the guest must write nothing meanwhile, frozen or not.
+
+        That is so where disks are not taken at one instant; and where an image that is not raw, of
+        which QEMU keeps a part in buffers of its own, is taken from below QEMU.
+        """
+        at_once = len(self.methods) == 1 and self.methods[0].together(
+            [choice.target for choice in self.disks]
+        )
+        buffered = any(
+            choice.disk.format != "raw" and not choice.method.redirects for choice in self.disks
+        )
+        return buffered or not at_once
 
 
 def choose(

@@ -105,8 +105,7 @@ def _take(
     world.reach(Step.CHECKED)
     operation = Operation(tag, flags, drafts(choices, choices.floor))
     world.journal.begin(operation)
-    # What takes several moments: nothing may run in between, not even what is not frozen.
-    stops = not choices.together and domain.active and domain.state != "paused"
+    stops = choices.still and domain.active and domain.state != "paused"
     held = False
     holding: Held | None = None
     quiesce: Quiesce | None = None
@@ -175,7 +174,7 @@ def _take(
             now = world.hypervisor.read(domain.uuid)
             moved = (now.id, now.state) != (domain.id, domain.state)
             moved = moved or (resumed() and not stops)
-            if moved and not choices.together and not frozen.quiesced:
+            if moved and choices.still and not frozen.quiesced:
                 raise Busy("The domain was started, stopped or resumed meanwhile; try again.")
             consistency = _achieved(choices, frozen, stopped=stops, moved=moved)
             snapshots = _read_back(choices, operation, now, consistency, frozen)

@@ -1,7 +1,7 @@
 """Stops a guest's vCPUs around a switch, and lets them run again whatever happens.
 
-For disks that are taken by several methods, one after the other. QEMU flushes what it has in
-buffers of its own when it stops (virDomainSuspend, QMP `stop`).
+For disks that are taken one after the other, and for images that QEMU buffers: it flushes what it
+has in buffers of its own when it stops (virDomainSuspend, QMP `stop`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Looks for files that bear our mark and are on no record, as when the database was lost.
+"""Looks for what bears our mark and is on no record, as when the database was lost.
 
-It tells of each in the log, with the command that removes it as the chains are at that time, and
-changes nothing: whose the contents are by now, only a person can say. Blocking, for one thread;
-bounded by time, and by the number of files in each folder.
+Those are files, and snapshots that methods know from their storages. It tells of each in the log,
+with the command that removes it as the chains are at that time, and changes nothing: whose the
+contents are by now, only a person can say. Blocking, for one thread; files are bounded by time, and
+by their number in each folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from snapd_vm import mark, storage
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.journald import MessageId, fields
-from snapd_vm.methods.method import Explains
+from snapd_vm.methods.method import Explains, Lists
 from snapd_vm.model import Disk, Domain, Json
 from snapd_vm.storage import FileId
 from snapd_vm.virt import users
@@ -46,7 +47,39 @@ class _Place:
 
 
 def look(world: World, domains: Mapping[str, Domain]) -> int:
-    """Tell of every stray file in the folders of these domains' images; how many there are."""
+    """Tell of all of them that these domains' storages hold; how many there are."""
+    return _files(world, domains) + _stored(world, domains)
+
+
+def _stored(world: World, domains: Mapping[str, Domain]) -> int:
+    """Those that are a storage's own snapshots."""
+    count = 0
+    for method in world.methods.values():
+        lists: object = method
+        if not isinstance(lists, Lists):
+            continue
+        try:
+            found = list(lists.stored(domains))
+        except SnapdError as error:
+            log.warning("method %s could not look for its snapshots: %s", method.name, error)
+            continue
+        if not found:
+            continue
+        uuids, _, names = _on_record(world)  # after the storage: see below
+        for one in found:
+            if one.snapshot in uuids or one.place in names:
+                continue
+            count += 1
+            said: Mapping[str, Json] = {
+                "name": one.name or one.snapshot or "unknown",
+                "domain_name": one.domain or "unknown",
+            }
+            _tell(one.place, said, one.use, one.command, what="the")
+    return count
+
+
+def _files(world: World, domains: Mapping[str, Domain]) -> int:
+    """Those that are files in the folders of the domains' images."""
     deadline = time.monotonic() + _LIMIT_S
     places: dict[FileId, _Place] = {}
     folders = {*world.config.qemu.overlay_dirs, *world.hypervisor.pool_folders()}
@@ -82,7 +115,7 @@ def look(world: World, domains: Mapping[str, Domain]) -> int:
         return 0
     # After the files: what is made meanwhile is on record by now. And operations before snapshots,
     # as one that ends is a snapshot then.
-    open_now, known = _on_record(world)
+    open_now, known, _ = _on_record(world)
     count = 0
     for path, found, said in marked:
         if found in known or said.get("snapshot") in open_now or storage.file_id(path) != found:
@@ -113,26 +146,30 @@ def _draft(path: str) -> Mapping[str, Json]:
     return {"kind": mark.Kind.OVERLAY, "snapshot": found[1]} if found else {}
 
 
-def _on_record(world: World) -> tuple[set[Json], set[FileId]]:
-    """The UUIDs of operations that are under way, and the files that records are of."""
+def _on_record(world: World) -> tuple[set[Json], set[FileId], set[str]]:
+    """The UUIDs of operations that are under way, and the files that records are of, with names."""
     operations = world.journal.operations()
     snapshots = world.journal.snapshots()
     uuids: set[Json] = {operation.tag.uuid for operation in operations}
     targets = [target for operation in operations for target in operation.targets]
     targets += [snapshot.target for snapshot in snapshots]
     uuids |= {one.uuid for one in snapshots if one.target.method not in world.methods}
-    known = set()
+    names = set[str]()
     for target in targets:
         method: object = world.methods.get(target.method)
         if isinstance(method, Explains):
-            known |= {storage.file_id(path) for path in method.files(target)}
-    return uuids, {found for found in known if found is not None}
+            names |= set(method.files(target))
+    known = {found for path in names if (found := storage.file_id(path)) is not None}
+    return uuids, known, names
 
 
-def _tell(path: str, said: Mapping[str, Json], where: str, words: str) -> None:
+def _tell(
+    path: str, said: Mapping[str, Json], where: str, words: str, what: str = "a file of"
+) -> None:
     log.warning(
-        "%s is a file of snapshot %s of domain %s that no record knows, and is left alone; %s%s",
+        "%s is %s snapshot %s of domain %s that no record knows, and is left alone; %s%s",
         path,
+        what,
         said.get("name", said.get("snapshot")),
         said.get("domain_name", "unknown"),
         where,

@@ -13,7 +13,7 @@ the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -67,9 +67,8 @@ class Method(Protocol):
     def redirects(self) -> bool:
         """Whether the domain uses another image once the snapshot is taken."""
 
-    @property
-    def together(self) -> bool:
-        """Whether `create` takes several disks at one instant, and not one after the other."""
+    def together(self, targets: Sequence[Target]) -> bool:
+        """Whether `create` takes these at one instant, and not one after the other."""
 
     def suits(self, disk: Disk) -> str:
         """What kind of disk it is, in words, that the method is the default for."""
@@ -159,7 +158,36 @@ class Explains(Protocol):
         """What `state` says, and why; looks, and changes nothing."""
 
     def files(self, target: Target) -> Sequence[str]:
-        """The files of the snapshot that may bear our mark, there or not."""
+        """The files of the snapshot that may bear our mark, there or not; or what the storage calls
+        it, where that has snapshots.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A snapshot of ours as the storage itself tells of it.
+
+    `place` is its name as Explains.files gives it; `snapshot` and `name` are its UUID and label,
+    `domain` is the domain's name, each '' where the storage does not say. `use` is in words who
+    uses it; `command` would remove it, '' where none can safely be named.
+    """
+
+    place: str
+    snapshot: str
+    name: str
+    domain: str
+    use: str
+    command: str
+
+
+@runtime_checkable
+class Lists(Protocol):
+    """A Method whose storage can be asked for all snapshots of ours, on record or not."""
+
+    def stored(self, domains: Mapping[str, Domain]) -> Iterable[Stored]:
+        """Every snapshot that bears our mark on the storages that these domains' disks are on;
+        looks, and changes nothing. Asked once, after the start.
+        """
 
 
 @runtime_checkable

@@ -50,7 +50,6 @@ class Qemu:
 
     name = "qemu"
     redirects = True
-    together = True
 
     def __init__(
         self,
@@ -68,6 +67,10 @@ class Qemu:
         # those of this process in which libvirt has not gone away in the middle of the switch. Only
         # for the others is QEMU's monitor asked, as that marks the domain.
         self._in_order: set[tuple[str, str]] = set()
+
+    def together(self, targets: Sequence[Target]) -> bool:
+        """One libvirt snapshot is of one instant."""
+        return True
 
     def suits(self, disk: Disk) -> str:
         """See Method."""

@@ -48,12 +48,15 @@ class Reflink:
 
     name = "reflink"
     redirects = False
-    together = False
 
     def __init__(self, hypervisor: cloneback.Hypervisor, low_space_percent: int) -> None:
         self._hypervisor = hypervisor
         self._low_space_percent = low_space_percent
         self._drafts: dict[tuple[str, str], _Draft] = {}
+
+    def together(self, targets: Sequence[Target]) -> bool:
+        """One file is cloned after the other."""
+        return len(targets) == 1
 
     def suits(self, disk: Disk) -> str:
         """See Method."""

@@ -59,7 +59,9 @@ class Slow:
         self._taken.add(tag.uuid)
 
     redirects = False
-    together = False
+
+    def together(self, targets: Sequence[Target]) -> bool:
+        return False
 
     def suits(self, disk: Disk) -> str:
         return "any disk"
