@@ -2,7 +2,7 @@
 
 _snapd_vm() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="create plan list delete revert disks methods daemon"
+    local commands="create plan list delete revert disks methods get-method set-method daemon"
     local command="" domain="" word skip="" position=0 index
     COMPREPLY=()
 
@@ -39,16 +39,19 @@ _snapd_vm() {
             create | plan) options+=" --json --name --method --quiesce-required --no-quiesce" ;;
             delete | revert) options+=" --json --no-wait" ;;
             list | disks | methods) options+=" --json" ;;
+            set-method) options+=" --forget" ;;
             daemon) options+=" --config --thaw-held" ;;
         esac
         mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")
     else
         # Names come from the service, if it runs and allows it; nobody is asked for a password.
         case $command:$position in
-            create:0 | plan:0 | list:0 | disks:0)
+            create:0 | plan:0 | list:0 | disks:0 | [gs]et-method:0)
                 _snapd_vm_words "$cur" domains ;;
-            create:[1-9]* | plan:1)
+            create:[1-9]* | plan:1 | [gs]et-method:1)
                 _snapd_vm_words "$cur" disks "$domain" ;;
+            set-method:2)
+                mapfile -t COMPREPLY < <(compgen -W "qemu reflink -" -- "$cur") ;;
             delete:* | revert:0)
                 _snapd_vm_words "$cur" snapshots ;;
         esac

@@ -78,6 +78,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
     _add_json(sub)
     _add_json(command("methods", "list the snapshot methods of the service"))
+    for name, text in (
+        ("get-method", "show the method that is stored for a disk"),
+        ("set-method", "store the method that create uses for a disk if it is told none"),
+    ):
+        sub = command(name, text)
+        sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
+        sub.add_argument("disk", metavar="DISK", help="a target such as vda, or a <disk> element")
+    wanted = sub.add_mutually_exclusive_group(required=True)
+    wanted.add_argument(
+        "method",
+        metavar="METHOD",
+        nargs="?",
+        help="a method's name, a <diskSnapshot> element, or - to read one from standard input",
+    )
+    wanted.add_argument("--forget", action="store_true", help="store none: it is the default again")
 
     sub = command("daemon", "run the service")
     sub.add_argument("--config", metavar="FILE", help="default: /etc/snapd-vm/snapd-vm.toml")

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from snapd_vm import cli_bus, cli_snapshots, cli_text
 from snapd_vm.cli_bus import CallError, Service, connect
 from snapd_vm.cli_changes import delete, revert
-from snapd_vm.cli_create import create, method_xml, plan
+from snapd_vm.cli_create import create, disk_xml, method_xml, plan
 from snapd_vm.cli_outcome import require_text
 from snapd_vm.errors import NoSuchDomain
 
@@ -25,7 +25,7 @@ async def run(options: argparse.Namespace) -> str:
         for value in said if isinstance(said, list) else [said]:
             if isinstance(value, str):
                 require_text(value)
-    if options.command in ("create", "plan"):
+    if options.command in ("create", "plan", "set-method"):
         options.method = method_xml(options.method)
     if options.command in ("delete", "revert"):
         for said in options.snapshots:
@@ -124,6 +124,20 @@ async def _methods(service: Service, options: argparse.Namespace) -> str:
     )
 
 
+async def _get_method(service: Service, options: argparse.Namespace) -> str:
+    domain = await service.find_domain(options.domain)
+    (method,) = await service.call(domain, cli_bus.DOMAIN, "GetMethod", "s", disk_xml(options.disk))
+    return f"{method}\n" if method else ""
+
+
+async def _set_method(service: Service, options: argparse.Namespace) -> str:
+    domain = await service.find_domain(options.domain)
+    await service.call(
+        domain, cli_bus.DOMAIN, "SetMethod", "ss", disk_xml(options.disk), options.method
+    )
+    return ""
+
+
 async def _complete(service: Service, options: argparse.Namespace) -> str:
     if options.what == "disks":
         domain = await service.find_domain(options.domain)
@@ -148,5 +162,7 @@ _COMMANDS: Mapping[str, Callable[[Service, argparse.Namespace], Awaitable[str]]]
     "revert": revert,
     "disks": _disks,
     "methods": _methods,
+    "get-method": _get_method,
+    "set-method": _set_method,
     "complete": _complete,
 }

@@ -20,8 +20,8 @@ from snapd_vm.cli_outcome import UsageError, require_text
 _SNAPSHOT_ATTRIBUTE = "{https://example.org/xmlns/disk-snapshot/1}snapshot"
 
 
-def method_xml(method: str) -> str:
-    """The method_xml that `--method` means. Raises UsageError."""
+def method_xml(method: str | None) -> str:
+    """The method_xml that `--method` means, or METHOD. Raises UsageError."""
     if method == "-":
         try:
             method = sys.stdin.read()
@@ -30,12 +30,14 @@ def method_xml(method: str) -> str:
         require_text(method)
         if not method.lstrip().startswith("<"):
             raise UsageError("Standard input holds no <diskSnapshot> element.")
-    if not method or method.lstrip().startswith("<"):
+    if not method:
+        return ""
+    if method.lstrip().startswith("<"):
         return method
     return f"<diskSnapshot method={quoteattr(method)}/>"
 
 
-def _disk_xml(disk: str) -> str:
+def disk_xml(disk: str) -> str:
     """The disk_xml that DISK means: XML as it is, anything else a target."""
     if disk.lstrip().startswith("<"):
         return disk
@@ -61,7 +63,7 @@ async def _take(
 ) -> Sequence[tuple[str, str]]:
     """The modified_disk and backup_source of each disk."""
     how = (options.name, options.flags)
-    disks = [_disk_xml(disk) for disk in options.disk]
+    disks = [disk_xml(disk) for disk in options.disk]
     if len(disks) > 1:
         pairs = [[disk, options.method] for disk in disks]
         (rows,) = await service.call(path, cli_bus.DOMAIN, "CreateSet", "a(ss)su", pairs, *how)
@@ -128,7 +130,7 @@ def _consistency(snapshot: Mapping[str, Any]) -> str:
 async def plan(service: Service, options: argparse.Namespace) -> str:
     """What create would do with one disk. Raises CallError."""
     path = await service.find_domain(options.domain)
-    words = (_disk_xml(options.disk), options.method, options.name, options.flags)
+    words = (disk_xml(options.disk), options.method, options.name, options.flags)
     (found,) = await service.call(path, cli_bus.DOMAIN, "Plan", "sssu", *words)
     if options.json:
         return cli_text.as_json(found)

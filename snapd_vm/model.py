@@ -99,6 +99,7 @@ class Domain:
     (the live XML of an active domain); `persistent_disks` those of the definition that the next
     start will use (equal for a domain that is off, empty for a transient one). `driver` is the
     domain's type (kvm, qemu, test ...). `migrated`: it is off here, and runs on another host.
+    `methods` are the `<diskSnapshot>`s stored in its metadata, by target, as somebody wrote them.
     """
 
     uuid: str
@@ -113,6 +114,7 @@ class Domain:
     nvram: bool = False
     tpm: bool = False
     migrated: bool = False
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def active(self) -> bool:

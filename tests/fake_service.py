@@ -36,6 +36,7 @@ SOURCE = (
     '<source xmlns:ds="https://example.org/xmlns/disk-snapshot/1" file="/srv/web.qcow2" '
     f'ds:type="file" ds:format="qcow2" ds:consistency="quiesced" ds:snapshot="{SNAPSHOT}"/>'
 )
+STORED = "<diskSnapshot method='qemu'/>"
 MODIFIED = "<disk type='file'>\n  <source file='/srv/web.nightly'/>\n  <target dev='vda'/>\n</disk>"
 
 
@@ -224,6 +225,8 @@ class FakeService:
             "Cancel": self._cancel,
             "Plan": reply("a{sv}", plan),
             "Disks": reply("aa{sv}", disks),
+            "GetMethod": reply("s", STORED),
+            "SetMethod": reply(""),
             "FindDomain": self._find_domain,
             "GetAll": self._get_all,
             "GetManagedObjects": reply("a{oa{sa{sv}}}", self._objects()),

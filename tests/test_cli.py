@@ -24,6 +24,7 @@ from tests.fake_service import (
     MODIFIED,
     SNAPSHOT,
     SOURCE,
+    STORED,
     UUID,
     FakeService,
 )
@@ -240,6 +241,20 @@ def test_list_of_one_domain_by_name_and_of_a_gone_one_by_uuid(
     assert "no domain 'mail'" in failed(snapd_vm(bus, "list", "mail"))
 
 
+def test_the_stored_method(bus: str, service: FakeService) -> None:
+    assert done(snapd_vm(bus, "get-method", "web", "vda")) == f"{STORED}\n"
+    assert service.last("GetMethod").body == ['<disk><target dev="vda"/></disk>']
+    for given, stored in (
+        ("reflink", '<diskSnapshot method="reflink"/>'),
+        ("--forget", ""),
+        ("<diskSnapshot method='lvm'/>", "<diskSnapshot method='lvm'/>"),
+    ):
+        assert done(snapd_vm(bus, "set-method", "web", "vda", given)) == ""
+        assert service.last("SetMethod").body == ['<disk><target dev="vda"/></disk>', stored]
+    for wrong in ([], ["qemu", "--forget"]):
+        assert snapd_vm(bus, "set-method", "web", "vda", *wrong).returncode == 2
+
+
 def test_methods(bus: str, service: FakeService) -> None:
     assert done(snapd_vm(bus, "methods")) == "METHOD\nqemu\n"
     assert json.loads(done(snapd_vm(bus, "methods", "--json"))) == ["qemu"]
@@ -394,6 +409,7 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
 
     assert offered("cr") == ["create"]
     commands = {"create", "plan", "list", "delete", "revert", "disks", "methods", "daemon"}
+    commands |= {"get-method", "set-method"}
     assert set(offered("")) >= commands
     assert "complete" not in offered("")
     assert offered("create", "--q") == ["--quiesce-required"]

@@ -116,6 +116,33 @@ def disks(tree: Tree, domain: Domain) -> Prepared:
     return Prepared(Details(domain=domain.name, uuid=domain.uuid), run)
 
 
+@guarded(Domain, DOMAIN, "SetMethod", Action.CONFIGURE)
+def set_method(tree: Tree, domain: Domain, disk_xml: str, method_xml: str) -> Prepared:
+    """Store a method for a disk of this domain; an empty one is to forget what was stored."""
+    [found], [request], details = _on_domain(
+        tree.service, domain, [create_request(disk_xml, method_xml, "", 0)]
+    )
+
+    async def run() -> Sequence[object]:
+        await tree.service.set_method(_there(found), request, method_xml)
+        return ()
+
+    return Prepared(details, run)
+
+
+@guarded(Domain, DOMAIN, "GetMethod", Action.READ)
+def get_method(tree: Tree, domain: Domain, disk_xml: str) -> Prepared:
+    """The method stored for a disk of this domain."""
+    [found], [request], details = _on_domain(
+        tree.service, domain, [create_request(disk_xml, "", "", 0)]
+    )
+
+    async def run() -> Sequence[object]:
+        return (await tree.service.stored_method(_there(found), request),)
+
+    return Prepared(details, run)
+
+
 @guarded(Snapshot, SNAPSHOT, "GetBackupSource", Action.READ)
 def get_backup_source(tree: Tree, snapshot: Snapshot) -> Prepared:
     """The source to read this snapshot from."""
@@ -203,6 +230,8 @@ METHODS: tuple[Declared, ...] = (
     create_set,
     plan,
     disks,
+    set_method,
+    get_method,
     get_backup_source,
     get_modified_disk,
     delete,

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from snapd_vm.engine import choice, create, delete, revert, select
+from snapd_vm.engine import choice, create, delete, revert, select, stored
 from snapd_vm.engine.create import Failed
 from snapd_vm.engine.hearing import Hearing
 from snapd_vm.engine.jobs import Jobs, Running
@@ -243,6 +243,14 @@ class Engine:
         self._require_connection()
         return await self._patiently(self._disks(domain_uuid))
 
+    async def set_method(self, found: Found, request: Request, method_xml: str) -> None:
+        pinned = _pinned(found, request)
+        await self._patiently(self._set_method(pinned, method_xml))
+
+    async def stored_method(self, found: Found, request: Request) -> str:
+        self._require_connection()
+        return await self._patiently(self._stored_method(_pinned(found, request)))
+
     async def backup_source(self, snapshot_uuid: str) -> str:
         snapshot = self._shelf.get(snapshot_uuid)
         await self._refreshed(snapshot.domain_uuid)
@@ -334,6 +342,17 @@ class Engine:
             self._require_connection()
             known = self._shelf.of(uuid)
             return await world.run(choice.plan, world, uuid, request, known)
+
+    async def _set_method(self, request: Request, method_xml: str) -> None:
+        """Under the domain's lock: what is stored for its other disks is read and written again."""
+        async with self._locks.hold(request.uuid, self._world.config.lock_timeout_s):
+            self._require_connection()
+            await self._world.run(stored.store, self._world, request, method_xml)
+            await self._refreshed(request.uuid)
+
+    async def _stored_method(self, request: Request) -> str:
+        async with self._reads.hold(request.uuid, self._patience):
+            return await self._world.run(stored.read, self._world, request)
 
     async def _disks(self, uuid: str) -> Sequence[DiskReport]:
         """One at a time for each domain, so that a QEMU that hangs takes one thread of ours."""

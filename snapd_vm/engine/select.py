@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from snapd_vm.errors import (
     AmbiguousDisk,
     DiskMismatch,
+    InvalidXML,
     MethodNotSupported,
     MethodUnknown,
     NoSuchDisk,
     NoSuchDomain,
+    NotUnderDisk,
 )
 from snapd_vm.methods.method import Method
-from snapd_vm.model import Disk, DiskRequest, Domain, Found, Request, Tag, Target
+from snapd_vm.model import Disk, DiskRequest, Domain, Found, MethodRequest, Request, Tag, Target
+from snapd_vm.request import method_request
 
 _DEVICES = {
     "cdrom": "a CD-ROM drive",
@@ -76,22 +79,43 @@ def choose_method(
     problem = refusal(disk)
     if problem:
         raise MethodNotSupported(problem)
-    wanted = request.wanted_method
-    if wanted is not None:
-        method = methods.get(wanted.method)
-        if method is None:
-            raise MethodUnknown(
-                f"There is no method '{wanted.method}'; this daemon has {', '.join(methods)}."
-            )
-        target = method.claim(domain, disk, wanted, tag)
-        if target is None:
-            raise MethodNotSupported(f"Disk {disk.target} is not one for method {method.name}.")
-        return method, target, "asked for"
+    if request.wanted_method is not None:
+        return (*_claim(methods, domain, disk, request.wanted_method, tag), "asked for")
+    stored = domain.methods.get(disk.target)
+    if stored is not None:
+        return (*_claim_stored(methods, domain, disk, stored, tag), "stored for the disk")
     for method in _default_order(methods):
         target = method.claim(domain, disk, None, tag)
         if target is not None:
             return method, target, f"the default for {method.suits(disk)}"
     raise MethodNotSupported(f"No method is there for disk {disk.target}.")
+
+
+def _claim(
+    methods: Mapping[str, Method], domain: Domain, disk: Disk, wanted: MethodRequest, tag: Tag
+) -> tuple[Method, Target]:
+    method = methods.get(wanted.method)
+    if method is None:
+        raise MethodUnknown(
+            f"There is no method '{wanted.method}'; this daemon has {', '.join(methods)}."
+        )
+    target = method.claim(domain, disk, wanted, tag)
+    if target is None:
+        raise MethodNotSupported(f"Disk {disk.target} is not one for method {method.name}.")
+    return method, target
+
+
+def _claim_stored(
+    methods: Mapping[str, Method], domain: Domain, disk: Disk, stored: str, tag: Tag
+) -> tuple[Method, Target]:
+    """The same of what the domain's metadata hold: whoever wrote it, it is read as a caller's."""
+    try:
+        return _claim(methods, domain, disk, method_request(stored), tag)
+    except (InvalidXML, MethodUnknown, MethodNotSupported, NotUnderDisk) as error:
+        raise type(error)(
+            f"The method stored for disk {disk.target} can't be used; name another, or store one "
+            f"with SetMethod. {error}"
+        ) from error
 
 
 def _default_order(methods: Mapping[str, Method]) -> Sequence[Method]:

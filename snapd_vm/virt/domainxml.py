@@ -15,6 +15,7 @@ from lxml import etree
 from snapd_vm import safexml
 from snapd_vm.errors import NoSuchDisk, StorageFailed
 from snapd_vm.model import NAMESPACE, AgentChannel, Consistency, Disk, Domain
+from snapd_vm.virt import methodxml
 from snapd_vm.virt.sourcexml import PATH_ATTRIBUTES, ResolveVolume, read_source, said
 
 _LIMIT = 16 << 20
@@ -55,6 +56,7 @@ def parse_domain(
         agent=_agent(tree, active=id != -1),
         nvram=tree.find("os/nvram") is not None,
         tpm=tree.find("devices/tpm") is not None,
+        methods=methodxml.read(tree),
     )
 
 

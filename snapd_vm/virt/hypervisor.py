@@ -16,8 +16,8 @@ import libvirt
 from lxml import etree
 
 from snapd_vm.errors import StorageFailed
-from snapd_vm.model import Domain
-from snapd_vm.virt import blockcommit, domainxml, mend, users
+from snapd_vm.model import NAMESPACE, Domain
+from snapd_vm.virt import blockcommit, domainxml, mend, methodxml, users
 from snapd_vm.virt.agent import Agent
 from snapd_vm.virt.agentlibvirt import LibvirtAgent
 from snapd_vm.virt.agentsocket import SocketAgent
@@ -203,6 +203,18 @@ class Hypervisor:
         """Commit an image of a running domain's disk into its backing file; see blockcommit.py."""
         with self._pool.domain(uuid) as domain:
             blockcommit.commit(domain, target, base, top, bandwidth, watch)
+
+    def store_methods(self, uuid: str, methods: Mapping[str, str]) -> None:
+        """Let the domain's metadata hold these `<diskSnapshot>`s by target, live and persistent.
+
+        They take the place of all that it held; see methodxml.py and virDomainSetMetadata.
+        """
+        xml = methodxml.write(methods) if methods else None
+        with self._pool.domain(uuid) as domain:
+            flags = libvirt.VIR_DOMAIN_AFFECT_LIVE if domain.isActive() else 0
+            flags |= libvirt.VIR_DOMAIN_AFFECT_CONFIG if domain.isPersistent() else 0
+            kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
+            domain.setMetadata(kind, xml, methodxml.PREFIX, NAMESPACE, flags)
 
     def pool_folders(self) -> Sequence[str]:
         """The folders of the active storage pools that are folders (dir, fs, netfs)."""

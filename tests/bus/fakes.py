@@ -166,6 +166,13 @@ class FakeEngine:
         await self._do("disks", domain_uuid)
         return [DiskReport(disk, "qemu", "because") for disk in self.domains[domain_uuid].disks]
 
+    async def set_method(self, found: Found, request: Request, method_xml: str) -> None:
+        await self._do("set_method", (request, method_xml))
+
+    async def stored_method(self, found: Found, request: Request) -> str:
+        await self._do("stored_method", request)
+        return "<diskSnapshot method='qemu'/>"
+
     async def backup_source(self, snapshot_uuid: str) -> str:
         await self._do("backup_source", snapshot_uuid)
         return self.snapshots[snapshot_uuid].backup_source

@@ -115,6 +115,8 @@ def test_the_actions_are_those_of_the_design() -> None:
         ("Domain", "CreateSet"): Action.CREATE,
         ("Domain", "Plan"): Action.CREATE,
         ("Domain", "Disks"): Action.READ,
+        ("Domain", "SetMethod"): Action.CONFIGURE,
+        ("Domain", "GetMethod"): Action.READ,
         ("Snapshot", "GetBackupSource"): Action.READ,
         ("Snapshot", "GetModifiedDisk"): Action.READ,
         ("Snapshot", "Delete"): Action.DELETE,

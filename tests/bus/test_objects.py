@@ -311,6 +311,27 @@ async def test_disks(client: Client) -> None:
     ]
 
 
+async def test_the_stored_method(client: Client, engine: FakeEngine) -> None:
+    path = domain_path(uuid(1))
+    text = "<diskSnapshot method='qemu'/>"
+    answer = await client.call(DOMAIN, "SetMethod", "ss", [VDA, text], path=path)
+    assert (answer.signature, answer.body) == ("", [])
+    answer = await client.call(DOMAIN, "GetMethod", "s", [VDA], path=path)
+    assert (answer.signature, answer.body) == ("s", [text])
+    [(_, (request, stored)), (_, asked)] = engine.calls
+    assert (request.disk.target, request.method.method, stored) == ("vda", "qemu", text)
+    assert (asked.disk.target, asked.method) == ("vda", None)
+    engine.calls.clear()
+    for given, error in (
+        ([VDA, "<diskSnapshot method='qemu'><size>1</size></diskSnapshot>"], "InvalidXML"),
+        (["<disk/>", ""], "InvalidXML"),
+        (["<disk><target dev='nope'/></disk>", ""], "NoSuchDisk"),
+    ):
+        answer = await client.call(DOMAIN, "SetMethod", "ss", given, path=path)
+        assert answer.error_name == ERROR + error
+    assert not engine.calls
+
+
 async def test_source_and_disk_of_a_snapshot(client: Client, engine: FakeEngine) -> None:
     snapshot = make_snapshot()
     engine.snapshots[snapshot.uuid] = snapshot

@@ -56,6 +56,8 @@ async def test_anything_but_yes_is_refused_and_nothing_done(
         CREATE,
         (DOMAIN, "Plan", "sssu", [VDA, "", "", 0], PATH),
         (DOMAIN, "Disks", "", [], PATH),
+        (DOMAIN, "SetMethod", "ss", [VDA, ""], PATH),
+        (DOMAIN, "GetMethod", "s", [VDA], PATH),
     ):
         answer = await client.call(*call)
         assert answer.error_name == ERROR + error
