@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
                 services.measure(lab, found, options.starts)
                 of_services(found, figures)
             if "domains" in options.only:
-                figures.domains(domains.measure(lab, ours))
+                figures.domains(*domains.measure(lab, ours))
             if "delete" in options.only:
                 of_deletes(deletes.measure(lab, ours, options.deletes), figures)
                 of_creates(*deletes.measure_beside(lab, ours, options.deletes), figures)

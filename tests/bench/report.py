@@ -22,9 +22,10 @@ class Figures:
         """One row."""
         self._rows.append((figure, reached, target))
 
-    def domains(self, series: Series) -> None:
-        """GetManagedObjects of 200 domains."""
-        self.add("GetManagedObjects, 200 domains", str(series), "under 100 ms")
+    def domains(self, objects: Series, disks: Series) -> None:
+        """GetManagedObjects of 200 domains, and Disks of each of them."""
+        self.add("GetManagedObjects, 200 domains", str(objects), "under 100 ms")
+        self.add("Disks of 200 domains with 2 disks each", str(disks), "under 2 s")
 
     def table(self) -> str:
         """As text."""
