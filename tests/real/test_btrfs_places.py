@@ -115,7 +115,8 @@ async def test_the_subvolume_is_found_from_the_file(
     content = path.read_bytes()
     created = await api.create(guest)
     path.write_bytes(b"something else")
-    assert Path(created.file).read_bytes() == content
+    with open(created.file, "rb") as file:
+        assert file.read() == content
     assert created.file.startswith(f"{root}/{PLACE}/")
     assert len(subvolumes(btrfs)) == len(before) + 1
     snapshot = next(p for p in Path(created.file).parents if p.name.startswith("snapd-vm-"))
