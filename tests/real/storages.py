@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.lab.blockdev import Mounted
+from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -194,6 +195,12 @@ class Subvolumes:
         self._mounted.fill(leave=300 << 10)
         yield
         self._mounted.drain()
+        run("sync", "--file-system", self._mounted.path)  # what is freed is free after a commit
+        wait_until("there is room", lambda: self._free() > 100 << 20, 20)
+
+    def _free(self) -> int:
+        state = os.statvfs(self._subvolume)
+        return state.f_bavail * state.f_frsize
 
     def crippled(self) -> Mapping[str, str] | None:
         (self._without / "btrfsutil.py").write_text("raise ImportError('as if it was not there')")
