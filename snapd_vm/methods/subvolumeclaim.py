@@ -5,7 +5,6 @@ named; what forbids it; and which snapshots of ours there are. Looks and changes
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -185,6 +184,8 @@ def _place(layer: Subvolume, snapshot_dir: str) -> str:
 
 def stored(domains: Iterable[Domain], snapshot_dir: str) -> Iterator[Stored]:
     """Every snapshot of ours in the places for these domains' disks, whoever knows of it."""
+    import shlex
+
     places = {os.path.realpath(snapshot_dir)} if snapshot_dir else set[str]()
     devices: dict[int, str] = {}
     for domain in domains:
