@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from snapd_vm import safexml
 from snapd_vm.errors import (
     AmbiguousDisk,
     DiskMismatch,
@@ -122,8 +123,14 @@ def _fits(disk: Disk, source: Mapping[str, str]) -> bool:
     declared = dict(disk.declared_source)
     if all(declared.get(key) == value for key, value in source.items()):
         return True
-    resolved = {"type": disk.type, {"block": "dev"}.get(disk.type, "file"): disk.path}
-    return bool(disk.path) and all(resolved.get(key) == value for key, value in source.items())
+    if not disk.path and disk.type != "network":
+        return False
+    resolved = {"type": disk.type}
+    if disk.path:
+        resolved["dev" if disk.type == "block" else "file"] = disk.path
+    else:  # a volume of a pool of images over the network
+        resolved |= {str(k): str(v) for k, v in safexml.parse(disk.source_xml).attrib.items()}
+    return all(resolved.get(key) == value for key, value in source.items())
 
 
 def _named(domains: Mapping[str, Domain], name: str) -> Domain | None:

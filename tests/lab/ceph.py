@@ -11,9 +11,11 @@ import signal
 import socket
 import uuid as uuids
 from pathlib import Path
+from typing import Literal
 from xml.sax.saxutils import quoteattr
 
 from tests.lab.deadline import LabError, wait_until
+from tests.lab.disks import DiskSpec, format_raw
 from tests.lab.hypervisor import Hypervisor
 from tests.lab.process import Process, tail
 from tests.lab.program import run
@@ -44,6 +46,7 @@ mon allow pool size one = true
 mon allow pool delete = true
 mon data avail crit = 0
 mon data avail warn = 0
+paxos propose interval = 0.1
 ms bind msgr2 = false
 ms bind ipv6 = false
 run dir = {folder}
@@ -195,6 +198,29 @@ class Ceph:
     def auth(self) -> str:
         """The `<auth>` that names user and secret."""
         return f"<auth username='{self.user}'><secret type='ceph' uuid='{self.secret}'/></auth>"
+
+    def disk(
+        self,
+        name: str,
+        image_format: Literal["raw", "qcow2"] = "raw",
+        *arguments: str,
+        inside: str = "",
+        driver: str = "",
+        pool: str = POOL,
+        size_mib: int = 64,
+    ) -> DiskSpec:
+        """A disk on a new image with a file system; `arguments` are those of `rbd import`."""
+        spec = DiskSpec(image_format, size_mib=size_mib)
+        raw = self._folder / f"{name}.new"
+        format_raw(raw, spec, size_mib << 20)
+        if image_format == "qcow2":
+            qcow2 = raw.with_suffix(".qcow2")
+            run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2)
+            qcow2.replace(raw)
+        self.image(name, raw, *arguments, pool=pool)
+        raw.unlink()
+        source = self.source(name, inside=inside, pool=pool)
+        return DiskSpec(image_format, source=source, type="network", driver=driver)
 
     def image(self, name: str, content: Path, *arguments: str, pool: str = POOL) -> None:
         """A new image that holds what the raw file `content` does."""
