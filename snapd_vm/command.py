@@ -126,7 +126,7 @@ class Conversation:
         while b"\n" not in self._rest:
             if not waiting.poll(max(0.0, end - time.monotonic()) * 1000):
                 self.kill()
-                raise NoAnswer(f"the program did not answer within {timeout:g} s")
+                raise NoAnswer(f"the program did not answer within {timeout:.3g} s")
             part = os.read(self._from.fileno(), 65536)
             if not part or len(self._rest) > _LONGEST_LINE:
                 self.kill()

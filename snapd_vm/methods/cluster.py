@@ -46,6 +46,12 @@ _START = (
 NO_LIBRARY = -1
 
 GONE = "The Ceph cluster of the disk did not answer in time; look at its state with 'ceph -s'."
+# librados goes on trying, whichever it is.
+SHUT = (
+    f"The Ceph cluster of the disk has let nobody in for {_CONNECT_S} s: it does not answer, or "
+    "does not know the disk's user with the key in the libvirt secret; look at 'ceph -s' and "
+    "'ceph auth'."
+)
 
 
 class Secrets(Protocol):
@@ -209,6 +215,9 @@ class Clusters:
         session = Session(talk)
         try:
             session.connect({"user": access.user, "conf": access.conf, "options": options})
+        except Lost:
+            session.kill()
+            raise Lost(SHUT) from None
         except BaseException:
             session.kill()
             raise

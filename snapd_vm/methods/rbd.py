@@ -133,15 +133,16 @@ class Rbd:
                         f"The image of disk {target.disk} has a backing file, which a snapshot of "
                         "the RBD image does not hold."
                     )
+                space = session.ask("space", pool=found.place.pool)
+                available = int(space["available"])
+                if space["full"] or 0 < available < _RESERVE:
+                    raise NoSpace(
+                        f"The Ceph pool of disk {target.disk} is full; what the guest overwrites "
+                        "after the snapshot needs new room, so make some first."
+                    )
+                # Of a pool that is full it would wait for ever.
                 session.ask("arm", image=found.place.words)
                 session.ask("disarm")
-                space = session.ask("space", pool=found.place.pool)
-            available = int(space["available"])
-            if space["full"] or 0 < available < _RESERVE:
-                raise NoSpace(
-                    f"The Ceph pool of disk {target.disk} is full; what the guest overwrites after "
-                    "the snapshot needs new room, so make some first."
-                )
             if 0 < available < target.size:
                 warnings.append(
                     f"As the guest overwrites disk {target.disk}, up to {target.size} bytes more "

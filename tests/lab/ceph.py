@@ -50,7 +50,7 @@ paxos propose interval = 0.1
 ms bind msgr2 = false
 ms bind ipv6 = false
 run dir = {folder}
-admin socket =
+admin socket = {folder}/$name.asok
 crash dir = {folder}
 log to stderr = true
 log file =
@@ -181,6 +181,18 @@ class Ceph:
         """SIGCONT both."""
         for process in self._processes.values():
             process.signal(signal.SIGCONT)
+
+    def fill(self, full: bool) -> None:
+        """Let the osd believe that its disk is full, or no more, until all have heard of it."""
+        socket_of = self._folder / "osd.0.asok"
+        run("ceph", "daemon", socket_of, "injectfull", "full" if full else "none")
+
+        def heard() -> bool:
+            pools = self.ceph("osd", "pool", "ls", "detail").splitlines()
+            found = [pool for pool in pools if f"'{POOL}'" in pool]
+            return any("full" in pool for pool in found) is full
+
+        wait_until("the pool is full, or not", heard, 30, 0.3)
 
     def uri(self, image: str) -> str:
         """What qemu-img reads an image (or `image@snapshot`) of the pool by, as admin."""
