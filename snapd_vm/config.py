@@ -35,6 +35,17 @@ class QemuConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BtrfsConfig:
+    """The table `[btrfs]`.
+
+    `snapshot_dir`: the folder that snapshots of subvolumes of its file system are made in; '': the
+    folder `.snapd-vm` in the root of each.
+    """
+
+    snapshot_dir: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What the daemon can be told; times in seconds.
 
@@ -59,6 +70,7 @@ class Config:
     chain_limit: int = 16
     low_space_percent: int = 10
     qemu: QemuConfig = field(default_factory=QemuConfig)
+    btrfs: BtrfsConfig = field(default_factory=BtrfsConfig)
 
 
 def load(path: Path | None) -> Config:
@@ -127,7 +139,14 @@ def _qemu(table: Mapping[str, object]) -> QemuConfig:
     return QemuConfig(**values)
 
 
-_TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {"qemu": _qemu}
+def _btrfs(table: Mapping[str, object]) -> BtrfsConfig:
+    for key in table:
+        if key != "snapshot_dir":
+            raise ConfigError(f"unknown key 'btrfs.{key}'")
+    return BtrfsConfig(**{key: _absolute(f"btrfs.{key}", path) for key, path in table.items()})
+
+
+_TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {"qemu": _qemu, "btrfs": _btrfs}
 """What reads the table of each method that has one."""
 
 

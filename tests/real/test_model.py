@@ -35,8 +35,9 @@ from tests.lab.program import run
 from tests.real import images
 from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.places import file_of
+from tests.real.test_crash import PLACE
 
-METHODS = ("qemu", "reflink")
+METHODS = ("qemu", "reflink", "btrfs")
 ALL = float(os.environ.get("SNAPD_VM_MODEL_S") or (600 if os.environ.get("CI") else 60))
 SECONDS = ALL / len(METHODS)
 P = ParamSpec("P")
@@ -283,7 +284,7 @@ class Model(RuleBasedStateMachine):
 
     def _present(self) -> str:
         """The checksum of the disk of a guest that is off."""
-        image_format = "raw" if self.method == "reflink" else "qcow2"
+        image_format = "qcow2" if self.method == "qemu" else "raw"
         return images.checksum(file_of(self.guest), image_format, self.scratch)
 
     def _killed(self, call: Awaitable[Any], after: float) -> None:
@@ -335,7 +336,11 @@ class Model(RuleBasedStateMachine):
         for one in self.known:
             used.add(Created("", self.wait(self.api.backup_source(one.path))).file)
         folder = self.guest.disk().path.parent
+        place = folder / PLACE  # of a subvolume's snapshots, which are told by their folders
+        used = {path if not path.startswith(f"{place}/") else str(place) for path in used}
         assert {str(path) for path in folder.iterdir()} == used
+        if place.exists():
+            assert len(list(place.iterdir())) == len(self.known)
 
     @step
     def teardown(self) -> None:
@@ -362,7 +367,7 @@ def machine(daemon: Lab, scratch: Path, request: pytest.FixtureRequest) -> Itera
         yield Model
         Model.guest.remove()
         return
-    made = daemon.block.mounted("xfs", 800)
+    made = daemon.block.mounted("xfs" if Model.method == "reflink" else "btrfs", 800)
     Model.guest = daemon.guest([DiskSpec(format="raw", folder=made.path)])
     yield Model
     Model.guest.remove()
