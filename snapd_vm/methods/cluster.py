@@ -39,10 +39,9 @@ _IDLE_S = 20.0
 """Less than rbdworker.IDLE_S, at which it ends by itself."""
 _MOST_IDLE = 2
 _AWAY_S = 20.0
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from snapd_vm.methods.rbdworker import main; main()"
-)
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from snapd_vm.methods import "
+_TALK = "rbdworker; rbdworker.main()"
+_LOOK = "librbd; librbd.load()"
 NO_LIBRARY = -1
 
 GONE = "The Ceph cluster of the disk did not answer in time; look at its state with 'ceph -s'."
@@ -51,6 +50,10 @@ SHUT = (
     f"The Ceph cluster of the disk has let nobody in for {_CONNECT_S} s: it does not answer, or "
     "does not know the disk's user with the key in the libvirt secret; look at 'ceph -s' and "
     "'ceph auth'."
+)
+
+MISSING = (
+    "Method rbd needs librados.so.2 and librbd.so.1; install the packages librados2 and librbd1."
 )
 
 
@@ -145,6 +148,21 @@ class Clusters:
         self._lock = threading.Lock()
         self._idle: dict[Access, list[Session]] = {}
         self._away: dict[Access, float] = {}
+        self._there = False
+
+    def missing(self) -> str:
+        """What of librados and librbd is not installed, as a sentence, or ''; no cluster is asked.
+
+        They are not loaded here, as they would stay; once there, they are not looked for again.
+        """
+        if not self._there:
+            try:
+                command.run(_program(_LOOK), timeout=_CALL_S)
+            except command.CommandError as error:
+                log.debug("librados and librbd can't be loaded: %s", error)
+                return MISSING
+            self._there = True
+        return ""
 
     @contextmanager
     def session(self, access: Access, *, patient: bool = True) -> Iterator[Session]:
@@ -207,9 +225,8 @@ class Clusters:
         if access.secret or access.usage:
             options["key"] = self._secrets.secret(access.secret, access.usage)
             options["auth_client_required"] = "cephx,none"  # as QEMU is told by libvirt
-        root = str(Path(__file__).parents[2])
         try:
-            talk = command.Conversation([sys.executable, "-I", "-S", "-c", _START, root])
+            talk = command.Conversation(_program(_TALK))
         except command.CommandError as error:
             raise StorageFailed(f"The connection to Ceph could not be made: {error}.") from error
         session = Session(talk)
@@ -222,6 +239,11 @@ class Clusters:
             session.kill()
             raise
         return session
+
+
+def _program(what: str) -> list[str]:
+    """This Python, with nothing but its standard library and ours."""
+    return [sys.executable, "-I", "-S", "-c", _START + what, str(Path(__file__).parents[2])]
 
 
 def _error(number: int) -> SnapdError:
@@ -249,10 +271,7 @@ def _error(number: int) -> SnapdError:
         case errno.ESHUTDOWN:
             return StorageFailed("The cluster has shut this host out (blocklist); see 'ceph osd'.")
         case _ if number == NO_LIBRARY:
-            return MethodNotSupported(
-                "Method rbd needs librados.so.2 and librbd.so.1; install the packages librados2 "
-                "and librbd1."
-            )
+            return MethodNotSupported(MISSING)
         case _:
             return StorageFailed(
                 f"Ceph reports error {number} ({errno.errorcode.get(number, '?')})."

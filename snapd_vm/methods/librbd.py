@@ -58,6 +58,11 @@ class Snap:
     size: int
 
 
+def load() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """librados and librbd. Raises OSError where they are missing."""
+    return ctypes.CDLL("librados.so.2"), ctypes.CDLL("librbd.so.1")
+
+
 def _check(status: int) -> int:
     if status < 0:
         raise Failed(-status, "")
@@ -75,8 +80,7 @@ class Cluster:
         """As QEMU does it (rbd in qemu-block-drivers(7)): `conf`, if given, must be there; else the
         usual places are looked in. `options` go before what it says.
         """
-        self._rados = ctypes.CDLL("librados.so.2")
-        self.rbd = ctypes.CDLL("librbd.so.1")
+        self._rados, self.rbd = load()
         self._handle = c_void_p()
         name = f"client.{user or 'admin'}".encode()
         _check(self._rados.rados_create2(byref(self._handle), b"ceph", name, c_uint64(0)))

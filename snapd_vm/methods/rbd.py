@@ -32,7 +32,7 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods import rbdstray, rbduse, rollback
-from snapd_vm.methods.cluster import Clusters, NotThere, Session
+from snapd_vm.methods.cluster import Clusters, Lost, NotThere, Session
 from snapd_vm.methods.method import Record, Standing, Stored, Watch
 from snapd_vm.methods.rbdtarget import RbdTarget, data_of, place_of
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
@@ -97,7 +97,7 @@ class Rbd:
         named = request.options.get("image") if request is not None else None
         if named is not None and named != str(place):
             raise NotUnderDisk(f"Disk {disk.target} is not the image {named}, but {place}.")
-        problem = _unfit(disk)
+        problem = _unfit(disk) or self._clusters.missing()
         if problem:
             raise MethodNotSupported(problem)
         data = data_of(tag.uuid, domain.uuid, disk.format, disk.source_xml)
@@ -176,7 +176,13 @@ class Rbd:
             armed = self._armed[tag.uuid, target.disk]
             armed.asked = True
             limit = max(0.0, end - time.monotonic())
-            armed.session.ask("create", limit=limit, name=RbdTarget.of(target).name)
+            try:
+                armed.session.ask("create", limit=limit, name=RbdTarget.of(target).name)
+            except Lost:
+                raise
+            except SnapdError:
+                armed.asked = False  # what has its name now is not ours
+                raise
             armed.made = True
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""Finds snapshots of RBD images that bear our name, whether they are on record or not."""
+"""Finds snapshots of RBD images that are ours by name and metadata, on record or not."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def _images(domains: Iterable[Domain]) -> Iterable[Place]:
 
 
 def _of_image(session: Session, place: Place) -> Iterator[Stored]:
-    for name in session.ask("info", image=place.words)["snaps"]:
+    for name, number in session.ask("info", image=place.words)["snaps"].items():
         ours = _OURS.fullmatch(name)
         if ours is None:
             continue
         try:
             said = json.loads(session.ask("info", image=place.words, key=name)["said"] or "{}")
         except ValueError:
-            said = {}
+            continue
+        if said.get("snap") != number:  # anybody can give a snapshot such a name
+            continue
         children = session.ask("users", image=place.words, name=name)["children"]
         snapshot = shlex.quote(f"{place}@{name}")
         yield Stored(

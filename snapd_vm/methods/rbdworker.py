@@ -2,7 +2,8 @@
 
 A process of its own, since librados has no call that is sure to return, and aborts where it finds
 itself broken. It is started before a guest is frozen, and asked for one snapshot while it is. When
-its standard input ends, so does it, in mid-call too; and when nobody has asked for a while.
+its standard input ends, so does it, soon after, in mid-call too; and when nobody has asked for a
+while.
 
 The first line is {"user", "conf", "options"}, with the key in the options. The answer is {}, or
 {"error": errno}; of a rollback, lines {"done", "total"} come before it.
@@ -11,6 +12,7 @@ The first line is {"user", "conf", "options"}, with the key in the options. The 
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import queue
@@ -29,6 +31,7 @@ from snapd_vm.methods.librbd import (
 )
 
 IDLE_S = 30.0
+_END_S = 5.0
 NO_LIBRARY = -1
 """The errno for libraries that are not there."""
 
@@ -92,7 +95,7 @@ class Session:
     def create(self, name: str) -> _Answer:
         """Take the snapshot."""
         if self._image is None:
-            raise Failed(22, "")
+            raise Failed(errno.EINVAL, "")
         self._image.create_snap(name)
         return {}
 
@@ -138,7 +141,11 @@ class Session:
             if there:
                 if opened.features & FEATURE_LAYERING:
                     opened.protect(name, False)
-                opened.remove_snap(name)
+                try:
+                    opened.remove_snap(name)
+                except Failed as error:
+                    if error.errno != errno.ENOENT:  # gone in this moment
+                        raise
             opened.remove_metadata(key)
             return {"there": there}
 
@@ -161,7 +168,7 @@ class Session:
     def rollback(self, name: str, key: str, begun: str, done: str) -> _Answer:
         """Let the image that is locked be what the snapshot is; its metadata says how far it is."""
         if self._image is None:
-            raise Failed(22, "")
+            raise Failed(errno.EINVAL, "")
         self._image.put_metadata(key, begun)
         self._image.rollback(name, lambda at, total: self._say({"done": at, "total": total}))
         self._image.put_metadata(key, done)
@@ -192,7 +199,7 @@ def main() -> None:
             else:
                 operation = request.pop("op")
                 if operation not in _OPERATIONS:
-                    raise Failed(22, "")
+                    raise Failed(errno.EINVAL, "")
                 answer = getattr(session, operation)(**request)
         except Failed as error:
             answer = {"error": error.errno}
@@ -209,7 +216,7 @@ def _read(lines: queue.Queue[str]) -> None:
     for line in sys.stdin:
         lines.put(line)
     lines.put("")
-    threading.Event().wait(1.0)
+    threading.Event().wait(_END_S)
     os._exit(1)
 
 

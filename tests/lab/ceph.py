@@ -6,6 +6,7 @@ rights to the pool alone, whose key libvirt gets as a secret.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from xml.sax.saxutils import quoteattr
 from tests.lab.deadline import LabError, wait_until
 from tests.lab.disks import DiskSpec, format_raw
 from tests.lab.hypervisor import Hypervisor
-from tests.lab.process import Process, tail
+from tests.lab.process import Process, end, tail
 from tests.lab.program import run
 from tests.lab.run import Run
 
@@ -47,6 +48,8 @@ mon allow pool delete = true
 mon data avail crit = 0
 mon data avail warn = 0
 paxos propose interval = 0.1
+mgr stats period = 1
+mgr tick period = 1
 ms bind msgr2 = false
 ms bind ipv6 = false
 run dir = {folder}
@@ -181,6 +184,28 @@ class Ceph:
         """SIGCONT both."""
         for process in self._processes.values():
             process.signal(signal.SIGCONT)
+
+    def take_stock(self) -> None:
+        """Let the cluster find out once how much room there is, which it does not by itself.
+
+        That is what a mgr is for; it takes 300 MB, and what it has told stays when it is ended.
+        """
+        folder = self._run.path("ceph/mgr")
+        keyring = folder / "keyring"
+        caps = ("mon", "allow profile mgr", "osd", "allow *", "mds", "allow *")
+        self.ceph("auth", "get-or-create", "mgr.x", *caps, "-o", str(keyring))
+        argv: list[str | Path] = ["ceph-mgr", "-f", "-i", "x", "-c", self._server_conf]
+        argv += ["--mgr-data", folder, "--keyring", keyring]
+        mgr = self._run.start("ceph-mgr", argv, self._log)
+
+        def counted() -> bool:
+            if not mgr.alive():
+                raise LabError(f"ceph-mgr ended: {tail(self._log)}")
+            pools = json.loads(self.ceph("df", "--format=json"))["pools"]
+            return any(pool["name"] == POOL and pool["stats"]["max_avail"] for pool in pools)
+
+        wait_until("the cluster knows its room", counted, START_S, 0.5)
+        end(mgr)
 
     def fill(self, full: bool) -> None:
         """Let the osd believe that its disk is full, or no more, until all have heard of it."""

@@ -6,6 +6,7 @@ for granted that a guest boots fast: there is one for all tests of a storage.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,11 +14,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
+
 from tests.lab.blockdev import Mounted
+from tests.lab.ceph import POOL
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import run
+from tests.lab.program import CHECKOUT, run
 from tests.real import images
 from tests.real.api import Created
 from tests.real.places import image
@@ -200,6 +204,68 @@ class Subvolumes:
         return {"PYTHONPATH": str(self._without)}
 
 
+class ClusterImages:
+    """Method rbd: a raw image in a Ceph cluster."""
+
+    method, format = "rbd", "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._ceph = lab.ceph.start()
+        self._ceph.take_stock()
+        self._image = f"{POOL}/conformance"
+        self.guest = lab.guest([self._ceph.disk("conformance")])
+        self._id = json.loads(self._ceph.rbd("info", self._image, "--format=json"))["id"]
+        self._without = lab.folder("without")
+
+    def contents(self) -> Collection[str]:
+        listed = json.loads(self._ceph.rbd("snap", "ls", self._image, "--format=json"))
+        # A way of asking that a cluster which is full does not put off.
+        said = run("rados", "-p", POOL, "listomapkeys", f"rbd_header.{self._id}").splitlines()
+        found = [key for key in said if key.startswith("metadata_")]
+        return [str(sorted(snap.items())) for snap in listed] + found
+
+    def raw(self, created: Created, to: Path) -> Path:
+        snapshot = created.source.find("snapshot")
+        assert snapshot is not None
+        to.unlink(missing_ok=True)
+        return self._ceph.read(f"conformance@{snapshot.get('name')}", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        with self._another(NOT_OURS):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with self._another(f"snapd-vm-{operation}"):
+            yield
+
+    @contextmanager
+    def _another(self, name: str) -> Iterator[None]:
+        self._ceph.rbd("snap", "create", f"{self._image}@{name}")
+        before = [one for one in self.contents() if name in one]
+        yield
+        assert [one for one in self.contents() if name in one] == before
+        self._ceph.rbd("snap", "rm", f"{self._image}@{name}")
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._ceph.fill(True)
+        yield
+        self._ceph.fill(False)
+
+    def crippled(self) -> Mapping[str, str] | None:
+        (self._without / "sitecustomize.py").write_text(
+            f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n"
+            "from snapd_vm.methods import cluster\n"
+            "cluster._START = 'import ctypes; ctypes.CDLL = lambda name: open(name);' "
+            "+ cluster._START\n"
+        )
+        return {"PYTHONPATH": str(self._without)}
+
+
 NOT_OURS = "snapd-vm-0b9a2f10-1111-4222-8333-444455556666"
 """A name such as we give; nothing else of what bears it is ours."""
 
@@ -235,9 +301,19 @@ def _mounted(
     made.unmount()
 
 
+@contextmanager
+def _in_ceph(lab: Lab) -> Iterator[Storage]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CEPH_CONF", str(lab.ceph.start().conf))  # as a person has it in /etc/ceph
+        storage = ClusterImages(lab)
+        yield storage
+        storage.guest.remove()
+
+
 STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
     "qemu": lambda lab: _mounted(lab, "ext4", 400, Overlays),
     "reflink": lambda lab: _mounted(lab, "xfs", 600, Clones),
     "btrfs": lambda lab: _mounted(lab, "btrfs", 600, Subvolumes),
+    "rbd": _in_ceph,
 }
 """What makes each, with its guest, and takes it away."""

@@ -39,7 +39,7 @@ from tests.real.conftest import Connect
 from tests.real.storages import STORAGES, Storage
 from tests.real.test_crash import FAULTY
 
-NAMES = os.environ.get("SNAPD_VM_STORAGES", "qemu,reflink,btrfs").split(",")
+NAMES = os.environ.get("SNAPD_VM_STORAGES", "qemu,reflink,btrfs,rbd").split(",")
 COMMAND = re.compile(r"this would remove it: (.*?) MESSAGE_ID=")
 SIZE = 64 << 20
 KILLS = 5

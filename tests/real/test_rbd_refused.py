@@ -6,7 +6,6 @@ The domains are off: all of it is decided before a guest would be frozen.
 from __future__ import annotations
 
 import base64
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real.api import SNAPSHOT, VDA, Api
-from tests.real.conftest import Connect
 from tests.real.places import Places, refused
 from tests.real.test_rbd import ceph, delete, name_of, snaps
 from tests.real.test_revert import places
@@ -198,22 +196,3 @@ async def test_a_volume_of_an_rbd_pool(lab: Lab, api: Api, ceph: Ceph, places: P
         await delete(api, await api.create(guest, resolved))
         pool.destroy()
     assert not snaps(ceph, "refused")
-
-
-async def test_without_librbd(
-    connect: Connect, daemon: Lab, ceph: Ceph, places: Places, tmp_path: Path
-) -> None:
-    """The other methods work, and this one says which packages it needs."""
-    daemon.daemon.stop()
-    program = (
-        "import sys, snapd_vm.methods.cluster as c; from snapd_vm.__main__ import main; "
-        "c._START = 'import ctypes; real = ctypes.CDLL\\n"
-        'def none(*a): raise OSError("not there")\\n'
-        "ctypes.CDLL = none\\n' + c._START; sys.exit(main())"
-    )
-    daemon.daemon.start({}, argv=(sys.executable, "-c", program, "daemon"))
-    api = await connect()
-    guest, file = places.guest(on(ceph)), places.guest()
-    await places.known(api)
-    assert "librbd1" in await both(api, guest, "MethodNotSupported")
-    assert (await api.create(file)).file
