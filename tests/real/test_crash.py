@@ -6,6 +6,7 @@ The snapshot is there then, or nothing of it. A further method is one more Subje
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,7 +26,7 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import attempt, run
 from tests.real import images
-from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
+from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.conftest import Connect
 
 PLACE = ".snapd-vm"
@@ -140,27 +141,74 @@ def unnamed(daemon: Daemon) -> list[str]:
     return [link for link in links if link.endswith(" (deleted)") and "/#" in link]
 
 
+def raw_of(created: Created, to: Path) -> Path:
+    """What a backup program copies out of a file."""
+    return images.raw_copy(created.file, created.ours("format"), to)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A guest whose disks one method takes by default.
 
     `agrees` asserts that the snapshot is there, whole, or nothing of it, and says which; `stands`
-    is the first step at which a kill leaves a snapshot.
+    is the first step at which a kill leaves a snapshot. `files` is all on the storage that could be
+    one, and `raw` copies one out.
     """
 
     method: str
     guest: Guest
     agrees: Callable[[Api, Guest, set[str], str], Awaitable[str]]
     stands: Step
+    files: Callable[[Guest], set[str]] = files_of
+    raw: Callable[[Created, Path], Path] = raw_of
 
 
-@pytest.fixture(scope="module", params=["qemu", "reflink", "btrfs"])
+def _in_ceph(lab: Lab) -> Subject:
+    """An image in a Ceph cluster."""
+    ceph = lab.ceph.start()
+    running = lab.guest([ceph.disk("crash")])
+
+    def files(_guest: Guest) -> set[str]:
+        found = json.loads(ceph.rbd("snap", "ls", "vm/crash", "--format=json"))
+        said = json.loads(ceph.rbd("image-meta", "list", "vm/crash", "--format=json") or "{}")
+        snaps = {f"{one['name']} protected={one['protected']}".lower() for one in found}
+        return snaps | {f"said of {key}" for key in said}
+
+    async def agrees_rbd(api: Api, guest: Guest, files_before: set[str], _file: str) -> str:
+        wait_until("the guest is thawed", lambda: not guest.agent_says_frozen(), 20)
+        guest.writes_go_on()
+        assert guest.state == "running"
+        snapshots = await api.snapshots_of(guest)
+        new = files(guest) - files_before
+        if not snapshots:
+            assert not new
+            return "nothing"
+        ((path, told),) = snapshots.items()
+        assert told["State"] == "ready"
+        source = Created("", await api.backup_source(path)).source.find("snapshot")
+        assert source is not None
+        assert new == {f"{source.get('name')} protected=true", f"said of {source.get('name')}"}
+        return "snapshot"
+
+    def raw(created: Created, to: Path) -> Path:
+        source = created.source.find("snapshot")
+        assert source is not None
+        return ceph.read(f"crash@{source.get('name')}", to)
+
+    return Subject("rbd", running, agrees_rbd, Step.SWITCHED, files, raw)
+
+
+@pytest.fixture(scope="module", params=["qemu", "reflink", "btrfs", "rbd"])
 def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
     """Each method in turn."""
     if request.param == "qemu":
         running = lab.guest()
         yield Subject("qemu", running, agrees, Step.SWITCHED)
         running.remove()
+        return
+    if request.param == "rbd":
+        yield (subject := _in_ceph(lab))
+        subject.guest.remove()
         return
     mounted = lab.block.mounted("xfs" if request.param == "reflink" else "btrfs", 4096)
     running = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
@@ -178,7 +226,7 @@ async def test_killed_at(
     connect: Connect, faulty: Lab, subject: Subject, scratch: Path, step: Step, flags: int
 ) -> None:
     guest = subject.guest
-    before, file_before = files_of(guest), active_file(guest)
+    before, file_before = subject.files(guest), active_file(guest)
     guest.write("vda", "mark", f"{step}-{flags}")
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
     api = await connect()
@@ -193,8 +241,7 @@ async def test_killed_at(
     assert outcome == ("snapshot" if stands else "nothing")
     assert guest.read("vda", "mark") == f"{step}-{flags}"
     created = await api.create(guest, flags=QUIESCE_REQUIRED)  # and all is well again
-    raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
-    assert images.is_clean(raw)
+    assert images.is_clean(subject.raw(created, scratch / "raw"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +251,7 @@ async def test_an_error_at_any_step_undoes_all(
     connect: Connect, faulty: Lab, subject: Subject, step: Step
 ) -> None:
     guest = subject.guest
-    before, file_before = files_of(guest), active_file(guest)
+    before, file_before = subject.files(guest), active_file(guest)
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "raise"))
     api = await connect()
     with pytest.raises(ApiError) as error:
@@ -219,7 +266,7 @@ async def test_killed_in_a_delete_at(
     connect: Connect, faulty: Lab, subject: Subject, step: DeleteStep
 ) -> None:
     guest = subject.guest
-    before, file_before = files_of(guest), active_file(guest)
+    before, file_before = subject.files(guest), active_file(guest)
     faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
     api = await connect()
     created = await api.create(guest)
@@ -234,7 +281,7 @@ async def test_killed_in_a_delete_at(
     assert outcome == ("snapshot" if step is DeleteStep.CHECKED else "nothing")
     for path in await api.snapshots_of(guest):
         await api.call(path, SNAPSHOT, "Delete", "u", 0)
-    assert files_of(guest) == before
+    assert subject.files(guest) == before
     assert guest.read("vda", "mark") == f"delete-{step}"
 
 
