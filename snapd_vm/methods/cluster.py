@@ -259,6 +259,11 @@ def _error(number: int) -> SnapdError:
             return NoSpace("The Ceph cluster, or the image's pool, is full; make room first.")
         case errno.EBUSY:
             return Busy("Ceph says that the image or its snapshot is in use; try again later.")
+        case errno.EAGAIN:
+            return Busy(
+                "The cluster has not heard of the client that has the image locked; try again when "
+                "the domain writes again, or see 'rbd lock ls' if that client has crashed."
+            )
         case errno.EROFS:
             return Busy("The image is locked by a client that does not let go of it.")
         case errno.EPERM | errno.EACCES:

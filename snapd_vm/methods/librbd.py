@@ -22,6 +22,13 @@ _SKIP_QUIESCE = 1 << 0  # RBD_SNAP_CREATE_SKIP_QUIESCE: the guest is frozen by u
 _LOCK_EXCLUSIVE = 0
 _NAMESPACE_USER = 0
 
+_NEVER_BLOCKLIST = {
+    "rbd_blocklist_on_break_lock": "false",
+    "rbd_blacklist_on_break_lock": "false",  # before Ceph 16
+}
+"""Or librbd shuts a guest's QEMU out for good, when the cluster was away and somebody else is there
+before it has heard of that QEMU again."""
+
 Progress = Callable[[int, int], None]
 _ProgressFn = ctypes.CFUNCTYPE(c_int, c_uint64, c_uint64, c_void_p)
 
@@ -88,8 +95,10 @@ class Cluster:
         found = self._rados.rados_conf_read_file(self._handle, path)
         if found < 0 and conf:
             raise Failed(-found, "")
-        for key, value in options.items():
-            _check(self._rados.rados_conf_set(self._handle, key.encode(), value.encode()))
+        for key, value in {**options, **_NEVER_BLOCKLIST}.items():
+            status = self._rados.rados_conf_set(self._handle, key.encode(), value.encode())
+            if key not in _NEVER_BLOCKLIST:  # which has another name in other versions
+                _check(status)
         _check(self._rados.rados_connect(self._handle))
 
     @contextmanager
@@ -257,6 +266,15 @@ class Image:
         addresses = [_text(one.addr) for one in array[: count.value]]
         self._rbd.rbd_watchers_list_cleanup(array, count)
         return addresses
+
+    def lockers(self) -> Sequence[str]:
+        """The addresses of who has the exclusive lock, whether they live or not."""
+        kinds = [(ctypes.create_string_buffer(4096), c_size_t(4096)) for _ in range(4)]
+        arguments = [one for buffer, length in kinds for one in (buffer, byref(length))]
+        _check(self._rbd.rbd_list_lockers(self._image, byref(c_int()), *arguments))
+        addresses, length = kinds[-1]
+        found = addresses.raw[: length.value].split(b"\0")
+        return [_text(address) for address in found if address]
 
     def lock(self) -> None:
         """Take the exclusive lock from who has it, when they have ended what they were asked to do,

@@ -141,7 +141,7 @@ class Rbd:
                         "after the snapshot needs new room, so make some first."
                     )
                 # Of a pool that is full it would wait for ever.
-                session.ask("arm", image=found.place.words)
+                session.ask("arm", image=rbduse.image(self._hypervisor, found))
                 session.ask("disarm")
             if 0 < available < target.size:
                 warnings.append(
@@ -163,7 +163,7 @@ class Rbd:
             session = self._clusters.take(found.place.access)
             self._armed[tag.uuid, target.disk] = _Armed(session)
             identity = str(session.ask("info", image=found.place.words)["id"])
-            session.ask("arm", image=found.place.words)
+            session.ask("arm", image=rbduse.image(self._hypervisor, found))
             data: dict[str, Json] = {**target.data, "image_id": identity}
             prepared.append(dataclasses.replace(target, data=data))
         record(prepared)
@@ -200,9 +200,8 @@ class Rbd:
                 "domain": tag.domain_uuid,
                 "created_us": tag.created_us,
             }
-            kept = session.ask(
-                "keep", image=found.place.words, name=found.name, key=found.key, said=said
-            )
+            image = rbduse.image(self._hypervisor, found)
+            kept = session.ask("keep", image=image, name=found.name, key=found.key, said=said)
         self._disarm(target, tag, found)
         if not kept["protected"]:
             log.warning("%s can't be protected: the image has not the feature layering", found)
@@ -220,7 +219,7 @@ class Rbd:
             return False
         try:
             with self._clusters.session(found.place.access) as session:
-                there = _remove(session, found, fence=armed is None or not armed.made)
+                there = self._remove(session, found, fence=armed is None or not armed.made)
         except NotThere:  # the image itself has gone
             there = False
         self._disarm(target, tag, found)
@@ -238,7 +237,7 @@ class Rbd:
         watch.past_return()
         try:
             with self._clusters.session(found.place.access) as session:
-                _remove(session, found, fence=False)
+                self._remove(session, found, fence=False)
         except NotThere:
             log.warning("%s is not there any more", found)
 
@@ -319,6 +318,13 @@ class Rbd:
             said = {}
         return int(number) if said.get("snap", number) == number else None
 
+    def _remove(self, session: Session, found: RbdTarget, *, fence: bool) -> bool:
+        image = rbduse.image(self._hypervisor, found)
+        answer = session.ask("remove", image=image, name=found.name, key=found.key, fence=fence)
+        if answer["there"]:
+            log.info("removed %s", found)
+        return bool(answer["there"])
+
     def _disarm(self, target: Target, tag: Tag, found: RbdTarget) -> None:
         armed = self._armed.pop((tag.uuid, target.disk), None)
         if armed is None:
@@ -354,12 +360,3 @@ def _header(session: Session, found: RbdTarget) -> qcow2.Header:
         raise StorageFailed(f"The image {found.place} can't be read as qcow2: {error}.") from error
     finally:
         os.close(fd)
-
-
-def _remove(session: Session, found: RbdTarget, *, fence: bool) -> bool:
-    answer = session.ask(
-        "remove", image=found.place.words, name=found.name, key=found.key, fence=fence
-    )
-    if answer["there"]:
-        log.info("removed %s", found)
-    return bool(answer["there"])

@@ -8,7 +8,8 @@ only to be read, such as `rbd export`, is seen by nobody.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from snapd_vm.errors import Busy, NoSuchDomain
 from snapd_vm.methods.cluster import Session
@@ -53,6 +54,15 @@ def refuse_any(session: Session, found: RbdTarget) -> None:
             f"The image of the disk is open at {_addresses(others)}; wait for its end. A client "
             "that crashed is forgotten after half a minute."
         )
+
+
+def image(hypervisor: Hypervisor, found: RbdTarget) -> Mapping[str, Any]:
+    """The image as rbdworker.py takes it, to write to: guarded unless the domain is off here."""
+    try:
+        domain = hypervisor.read(found.domain)
+    except NoSuchDomain:
+        return {**found.place.words, "guarded": True}
+    return {**found.place.words, "guarded": domain.active or domain.migrated}
 
 
 def _addresses(watchers: list[str]) -> str:

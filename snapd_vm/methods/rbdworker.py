@@ -18,6 +18,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -32,14 +33,23 @@ from snapd_vm.methods.librbd import (
 
 IDLE_S = 30.0
 _END_S = 5.0
+_OWNER_S = 5.0
 NO_LIBRARY = -1
 """The errno for libraries that are not there."""
 
 _Answer = dict[str, Any]
 
 
+def _client(address: str) -> str:
+    """What tells a client's address from others, whatever protocol is named before it."""
+    return address.rpartition(":")[2] if "/" in address else address
+
+
 class Session:
-    """What can be asked of it, a method each; `image` is {"pool", "namespace", "name"}."""
+    """What can be asked of it, a method each; `image` is {"pool", "namespace", "name", "guarded"}.
+
+    `guarded`: a guest may be running on the image, so that nobody's lock is broken.
+    """
 
     def __init__(self, cluster: Cluster, say: Callable[[_Answer], None]) -> None:
         self._cluster = cluster
@@ -51,7 +61,26 @@ class Session:
         self, image: Mapping[str, str], *, write: bool = False
     ) -> AbstractContextManager[Image]:
         place = (image["pool"], image["namespace"], image["name"])
+        if write and image.get("guarded"):
+            self._wait_for_owner(place)
         return self._cluster.image(*place, write=write)
+
+    def _wait_for_owner(self, place: tuple[str, str, str]) -> None:
+        """Wait until the cluster has heard of who has the image locked, as after it was away.
+
+        Whoever opens it to write would take the lock for a dead client's, and break it.
+        """
+        end = time.monotonic() + _OWNER_S
+        with self._cluster.image(*place) as opened:
+            if not opened.features & FEATURE_EXCLUSIVE_LOCK:
+                return
+            while True:
+                living = {_client(address) for address in opened.watchers()}
+                if {_client(address) for address in opened.lockers()} <= living:
+                    return
+                if time.monotonic() > end:
+                    raise Failed(errno.EAGAIN, "")
+                time.sleep(0.2)
 
     def info(self, image: Mapping[str, str], key: str = "") -> _Answer:
         """Size, what it can do, its snapshots, and what its metadata says under `key`."""

@@ -128,6 +128,7 @@ async def test_away_for_a_minute_in_the_freeze(
     cluster.resume()
     wait_until("the guest is thawed", lambda: not writing.agent_says_frozen(), 20)
     writing.writes_go_on(30)
+    assert not cluster.ceph("osd", "blocklist", "ls").strip(), "somebody was shut out"
     for guest in (writing, other, third):
         await _until_free(api, guest)
     assert not await api.snapshots_of(writing)
@@ -160,6 +161,7 @@ async def test_away_in_a_delete(
     await refused(api.create(writing), "Busy")
     cluster.resume()
     writing.writes_go_on(30)
+    assert not cluster.ceph("osd", "blocklist", "ls").strip(), "somebody was shut out"
     await _until_free(api, writing)
     told = await api.snapshots_of(writing)
     assert set(snaps(cluster, "away")) == ({name_of(made)} if told else set())
