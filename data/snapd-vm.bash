@@ -23,7 +23,7 @@ _snapd_vm() {
 
     case $prev in
         --method)
-            mapfile -t COMPREPLY < <(compgen -W "qemu rbd reflink -" -- "$cur")
+            mapfile -t COMPREPLY < <(compgen -W "btrfs qemu rbd reflink -" -- "$cur")
             return ;;
         --config)
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")

@@ -136,6 +136,14 @@ def open_root(path: str, uuid: str) -> int:
     return fd
 
 
+def is_root(path: str) -> bool:
+    """Whether the root folder of some subvolume is there, and not merely a point to mount it."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino == ROOT_INODE
+    except OSError:
+        return False
+
+
 def write_out(fd: int) -> None:
     """Write what the file system has not written yet, which a snapshot would do. Raises NoSpace
     and StorageFailed.
