@@ -112,7 +112,7 @@ class Conversation:
         """Send it a line. Raises CommandError if it has ended."""
         try:
             self._to.write(line.encode() + b"\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter where it was killed
             raise CommandError("the program has ended") from error
 
     def hear(self, timeout: float) -> str:

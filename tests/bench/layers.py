@@ -6,15 +6,18 @@ same guest, which writes all the time.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from snapd_vm.model import domain_path
 from tests.bench.series import Series
 from tests.bench.ways import NAME, TARGET, PlainCaller
-from tests.lab.blockdev import FileSystem, Mounted
+from tests.lab.blockdev import FileSystem
+from tests.lab.ceph import POOL
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -24,31 +27,65 @@ SETTLE_S = 0.25
 COPY = "copy-by-hand"
 
 
+Place = AbstractContextManager[tuple[Guest, Path]]
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A method and what does the same by hand: `command` for the disk's image, and `undo` of it."""
+    """A method and what does the same by hand: `command` for the disk's image, and `undo` of it.
+
+    `place` makes a guest whose disk is there, and tells where, as those two take it.
+    """
 
     method: str
-    filesystem: FileSystem
+    place: Callable[[Lab], Place]
     command: Callable[[Path], Sequence[str | Path]]
     undo: Callable[[Path], Sequence[str | Path]]
+
+
+def _on(filesystem: FileSystem) -> Callable[[Lab], Place]:
+    @contextmanager
+    def place(lab: Lab) -> Iterator[tuple[Guest, Path]]:
+        mounted = lab.block.mounted(filesystem, 1200)
+        guest = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
+        yield guest, guest.disk().path
+        guest.remove()
+        mounted.unmount()
+
+    return place
+
+
+@contextmanager
+def _in_ceph(lab: Lab) -> Iterator[tuple[Guest, Path]]:
+    ceph = lab.ceph.start()
+    os.environ["CEPH_CONF"] = str(ceph.conf)
+    guest = lab.guest([ceph.disk("bench")])
+    yield guest, Path(POOL, "bench")
+    guest.remove()
+    del os.environ["CEPH_CONF"]
 
 
 LAYERS = (
     Layer(
         "reflink",
-        "xfs",
+        _on("xfs"),
         lambda image: ("cp", "--reflink=always", image, image.with_name(COPY)),
         lambda image: ("rm", image.with_name(COPY)),
     ),
     Layer(
         "btrfs",
-        "btrfs",
+        _on("btrfs"),
         lambda image: (
             *("btrfs", "-q", "subvolume", "snapshot", "-r"),
             *(image.parent, image.with_name(COPY)),
         ),
         lambda image: ("btrfs", "-q", "subvolume", "delete", image.with_name(COPY)),
+    ),
+    Layer(
+        "rbd",
+        _in_ceph,
+        lambda image: ("rbd", "--no-progress", "snap", "create", f"{image}@{COPY}"),
+        lambda image: ("rbd", "--no-progress", "snap", "rm", f"{image}@{COPY}"),
     ),
 )
 
@@ -71,22 +108,19 @@ class Measured:
 
 
 def measure(lab: Lab, ours: Path, rounds: int) -> list[Measured]:
-    """All layers, one after the other, on a guest and a file system of their own each."""
+    """All layers, one after the other, on a guest and a storage of their own each."""
     found = []
     lab.daemon.start({}, argv=(ours, "daemon"))
     for layer in LAYERS:
-        mounted = lab.block.mounted(layer.filesystem, 1200)
-        guest = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
-        found.append(_measure(lab, layer, mounted, guest, rounds))
-        guest.remove()
-        mounted.unmount()
+        with layer.place(lab) as (guest, image):
+            found.append(_measure(lab, layer, guest, image, rounds))
     lab.daemon.stop()
     return found
 
 
-def _measure(lab: Lab, layer: Layer, mounted: Mounted, guest: Guest, rounds: int) -> Measured:
-    image = guest.disk().path
-    measured = Measured(layer.method, " ".join(map(str, layer.command(Path("IMAGE"))[:-2])))
+def _measure(lab: Lab, layer: Layer, guest: Guest, image: Path, rounds: int) -> Measured:
+    words = [str(word) for word in layer.command(Path("IMAGE/IMAGE"))]
+    measured = Measured(layer.method, " ".join(word for word in words if "IMAGE" not in word))
     caller = PlainCaller(lab.address)
     disk = [f"<disk><target dev='{TARGET}'/></disk>", f"<diskSnapshot method='{layer.method}'/>"]
     for turn in range(rounds + 1):
