@@ -208,9 +208,8 @@ class Rbd:
         return bool(kept["own"])
 
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
-        """See Method. Where it is not known what came of it, whoever is at it comes to an end.
-
-        A cluster that was away may otherwise still do what it was asked when it is back.
+        """See Method. Where it is not known what came of it, the snapshot may come late: a cluster
+        that was away does what it was asked when it is back. See rbdworker.Session.remove.
         """
         found = RbdTarget.of(target)
         armed = self._armed.get((tag.uuid, target.disk))

@@ -45,6 +45,17 @@ def _client(address: str) -> str:
     return address.rpartition(":")[2] if "/" in address else address
 
 
+def _create(opened: Image, name: str) -> bool:
+    """Take a snapshot; whether there was one of that name already."""
+    try:
+        opened.create_snap(name)
+    except Failed as error:
+        if error.errno != errno.EEXIST:
+            raise
+        return True
+    return False
+
+
 class Session:
     """What can be asked of it, a method each; `image` is {"pool", "namespace", "name", "guarded"}.
 
@@ -161,13 +172,15 @@ class Session:
     def remove(self, image: Mapping[str, str], name: str, key: str, fence: bool) -> _Answer:
         """Remove a snapshot and what the metadata says of it; whether it was there.
 
-        `fence`: somebody may still be at work on making it; they come to their end before.
+        `fence`: whoever has the image locked may still be at work on making it. The lock can't be
+        taken, as a guest would get errors for its writes meanwhile. So another of that name is
+        asked for: of the two the first one is made, and the second fails, whichever is which.
         """
         with self._open(image, write=True) as opened:
-            if fence and opened.features & FEATURE_EXCLUSIVE_LOCK:
-                opened.lock()
             there = any(snap.name == name for snap in opened.snaps())
-            if there:
+            made = fence and not there and not _create(opened, name)
+            there = there or (fence and not made)
+            if there or made:
                 if opened.features & FEATURE_LAYERING:
                     opened.protect(name, False)
                 try:
