@@ -126,7 +126,7 @@ async def test_away_for_a_minute_in_the_freeze(
     assert "did not answer within 9 s" in faulty.daemon.log
     assert writing.stalls()["vdb"].longest_s < 5
     cluster.resume()
-    wait_until("the guest is thawed", lambda: not writing.agent_says_frozen(), 20)
+    wait_until("the guest is thawed", lambda: not writing.agent_says_frozen(), 60)
     writing.writes_go_on(30)
     assert not cluster.ceph("osd", "blocklist", "ls").strip(), "somebody was shut out"
     for guest in (writing, other, third):
