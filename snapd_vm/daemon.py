@@ -19,7 +19,7 @@ from pathlib import Path
 from snapd_vm import __version__, config, journald
 from snapd_vm.bus.remote import CallFailed, ConnectionLost, NameTaken
 from snapd_vm.bus.served import DiskSnapshotBus
-from snapd_vm.config import Config
+from snapd_vm.config import Config, ConfigError
 from snapd_vm.engine import recovery
 from snapd_vm.engine.engine import Engine
 from snapd_vm.engine.journal import AnyStep, Journal, claim
@@ -54,6 +54,29 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
         ),
     )
     return {method.name: method for method in in_order}
+
+
+def all_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method]:
+    """Those, and what the configuration brings in: first what is a default, or it would be none.
+
+    Raises ConfigError.
+    """
+    table = built_in_methods(settings, hypervisor)
+    if not settings.plugins.methods and not settings.executable:
+        return table
+    from snapd_vm import schemas
+    from snapd_vm.methods import outside
+    from snapd_vm.methods.method import OnRequest
+
+    first, last = dict[str, Method](), dict[str, Method]()
+    for method, schema in outside.load(settings, hypervisor):
+        try:
+            schemas.register(method.name, schema)
+        except ValueError as error:
+            raise ConfigError(f"the method '{method.name}' can't be used: {error}") from None
+        asked: object = method
+        (last if isinstance(asked, OnRequest) and asked.on_request else first)[method.name] = method
+    return {**first, **table, **last}
 
 
 def run(config_path: str | None) -> int:
@@ -94,15 +117,19 @@ def _leave_hung_threads(status: int) -> None:
 async def serve(
     settings: Config,
     journal: Journal,
-    methods: MethodTable = built_in_methods,
+    methods: MethodTable = all_methods,
     reach: Callable[[AnyStep], None] = lambda _step: None,
 ) -> int:
     """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
-    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)
     pool = ConnectionPool(settings.uri)
     hypervisor = Hypervisor(pool)
+    try:
+        table = methods(settings, hypervisor)
+    except ConfigError as error:
+        log.critical("%s", error)
+        return 1
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)
     beside = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"{_THREAD_NAME}-beside")
-    table = methods(settings, hypervisor)
     world = World(settings, hypervisor, table, journal, executor, beside, reach)
     engine = Engine(world, settings.uri)
     stop = asyncio.Event()

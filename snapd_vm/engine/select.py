@@ -12,7 +12,7 @@ from snapd_vm.errors import (
     NoSuchDisk,
     NoSuchDomain,
 )
-from snapd_vm.methods.method import Method
+from snapd_vm.methods.method import Method, OnRequest
 from snapd_vm.model import Disk, DiskRequest, Domain, Found, Request, Tag, Target
 
 _DEVICES = {
@@ -95,7 +95,10 @@ def choose_method(
 
 
 def _default_order(methods: Mapping[str, Method]) -> Sequence[Method]:
-    return list(methods.values())
+    def is_default(method: object) -> bool:
+        return not (isinstance(method, OnRequest) and method.on_request)
+
+    return [method for method in methods.values() if is_default(method)]
 
 
 def _by_source(domains: Iterable[Domain], wanted: DiskRequest) -> Found:

@@ -191,6 +191,14 @@ class Lists(Protocol):
 
 
 @runtime_checkable
+class OnRequest(Protocol):
+    """A Method that says whether it is the default for no disk, and taken only if it is named."""
+
+    @property
+    def on_request(self) -> bool: ...
+
+
+@runtime_checkable
 class Warns(Protocol):
     """A Method that can tell of trouble to come, too."""
 
