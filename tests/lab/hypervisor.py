@@ -5,6 +5,7 @@ The software under test has a connection of its own; nothing is shared with it.
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -70,6 +71,20 @@ class Hypervisor:
         """Its run state, in libvirt's words."""
         number = self.domain(uuid).state()[0]
         return STATES.get(number, str(number))
+
+    def ceph_secret(self, name: str, key: str) -> str:
+        """Give libvirt a key of Ceph's (base64), for this run only; the secret's UUID."""
+        xml = (
+            "<secret ephemeral='yes' private='no'>"
+            f"<usage type='ceph'><name>{name}</name></usage></secret>"
+        )
+
+        def define(connection: Any) -> str:
+            secret = connection.secretDefineXML(xml)
+            secret.setValue(base64.b64decode(key))
+            return str(secret.UUIDString())
+
+        return self._call("define a secret", define)
 
     def remove(self, domain: Any) -> None:
         """Destroy and undefine one domain; it may be off, transient or gone already."""
