@@ -1,14 +1,16 @@
-"""Methods from outside, installed for a test: a program of its own folder, and its configuration."""
+"""Methods from outside, installed for a test, and the daemon's configuration that has them."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.lab.lab import Lab
+from tests.lab.program import run
 
 NAME = "array"
 METHOD = f"<diskSnapshot method='{NAME}'/>"
@@ -48,11 +50,56 @@ class Array:
         one = {
             "name": NAME,
             "path": str(self.program),
-            "capabilities": ["dac_override"],
+            **({} if "user" in self.more else {"capabilities": ["dac_override"]}),
             "source_dirs": [str(self.folder)],
             **self.more,
         }
         return {"executable": [one]}
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The daemon's environment needs nothing."""
+        return {}
+
+    @property
+    def copies(self) -> set[str]:
+        """The names of all that is in its folder."""
+        return {path.name for path in self.folder.iterdir()}
+
+
+COPY = "copy"
+COPY_METHOD = f"<diskSnapshot method='{COPY}'/>"
+EXAMPLE = Path(__file__).parents[2] / "docs/example-method"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The example distribution, installed by pip into a folder of its own."""
+
+    site: Path
+    folder: Path
+
+    @classmethod
+    def install(cls, lab: Lab) -> Plugin:
+        """Install it below the run's folder, once."""
+        site, folder = lab.folder("site"), lab.folder("plugin-copies")
+        if not any(site.iterdir()):
+            source = lab.folder("plugin-source") / "example-method"  # pip builds where it lies
+            shutil.copytree(EXAMPLE, source)
+            quiet = ("--quiet", "--disable-pip-version-check", "--no-index")
+            how = ("--no-build-isolation", "--no-deps", "--target", site)
+            run(sys.executable, "-m", "pip", "install", *quiet, *how, source, timeout=120)
+        return cls(site, folder)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The daemon's configuration that has it."""
+        return {"plugins": {"methods": [COPY], COPY: {"folder": str(self.folder)}}}
+
+    @property
+    def env(self) -> dict[str, str]:
+        """With which the daemon's Python finds it."""
+        return {"PYTHONPATH": str(self.site)}
 
     @property
     def copies(self) -> set[str]:

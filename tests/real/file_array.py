@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,22 @@ def fault(operation: str) -> None:
             )
 
 
-OPERATIONS = {
-    **{"claim": claim, "check": check, "create": create, "delete": delete},
-    **{"list": every, "state": state, "revert": revert},
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "claim": claim,
+    "check": check,
+    "create": create,
+    "delete": delete,
+    "list": every,
+    "state": state,
+    "revert": revert,
 }
 
 
 def main() -> int:
     request = json.load(sys.stdin)
     fault(request["operation"])
+    if SETTINGS.get("faults", {}).get(request["operation"]) == "show-request":
+        (FOLDER / "request.json").write_text(json.dumps(request))
     answer = OPERATIONS[request["operation"]](*request["snapshots"])
     fault(f"after-{request['operation']}")
     print(json.dumps(answer))

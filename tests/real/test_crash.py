@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lxml import etree
@@ -26,6 +27,7 @@ from tests.lab.lab import Lab
 from tests.lab.program import attempt, run
 from tests.real import images
 from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
+from tests.real.arrays import METHOD, NAME, Array, Plugin
 from tests.real.conftest import Connect
 
 FAULTY = (sys.executable, "-m", "tests.real.faulty_daemon")
@@ -116,24 +118,39 @@ def unnamed(daemon: Daemon) -> list[str]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A guest whose disks one method takes by default.
+    """A guest whose disks one method takes by default, or if `xml` names it.
 
     `agrees` asserts that the snapshot is there, whole, or nothing of it, and says which; `stands`
-    is the first step at which a kill leaves a snapshot.
+    is the first step at which a kill leaves a snapshot. `files` are those that may come and go;
+    `config` and `env` are the daemon's.
     """
 
     method: str
     guest: Guest
     agrees: Callable[[Api, Guest, set[str], str], Awaitable[str]]
     stands: Step
+    xml: str = ""
+    files: Callable[[Guest], set[str]] = files_of
+    config: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def start(self, lab: Lab, *fault: str) -> None:
+        """Start the daemon, with a fault or as it is."""
+        argv = (*FAULTY, *fault) if fault else (sys.executable, "-m", "snapd_vm", "daemon")
+        lab.daemon.start(self.config, argv=argv, env=self.env)
 
 
-@pytest.fixture(scope="module", params=["qemu", "reflink"])
+@pytest.fixture(scope="module", params=["qemu", "reflink", "array"])
 def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
     """Each method in turn."""
     if request.param == "qemu":
         running = lab.guest()
         yield Subject("qemu", running, agrees, Step.SWITCHED)
+        running.remove()
+        return
+    if request.param == "array":
+        running = lab.guest([DiskSpec(format="raw", folder=lab.folder("copied"))])
+        yield copied(NAME, METHOD, running, Step.SWITCHED, Array.install(lab))
         running.remove()
         return
     mounted = lab.block.mounted("xfs", 4096)
@@ -144,27 +161,64 @@ def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
     mounted.unmount()
 
 
+def copied(name: str, xml: str, guest: Guest, stands: Step, made: Array | Plugin) -> Subject:
+    """A method from outside that makes copies."""
+
+    def files(_: Guest) -> set[str]:
+        return made.copies
+
+    agrees = partial(agrees_copies, files)
+    return Subject(name, guest, agrees, stands, xml, files, made.config, made.env)
+
+
+async def agrees_copies(
+    files: Callable[[Guest], set[str]],
+    api: Api,
+    guest: Guest,
+    files_before: set[str],
+    file_before: str,
+) -> str:
+    """The same where the domain stays on its file, and copies are in a folder of their own."""
+    wait_until("the guest is thawed", lambda: not guest.agent_says_frozen(), 20)
+    guest.writes_go_on()
+    assert guest.state == "running"
+    assert active_file(guest) == active_file(guest, 2) == file_before
+    snapshots = await api.snapshots_of(guest)
+    new = files(guest) - files_before
+    if not snapshots:
+        assert not new
+        return "nothing"
+    ((path, told),) = snapshots.items()
+    assert told["State"] == "ready"
+    source = etree.fromstring(await api.backup_source(path))
+    assert {os.path.basename(source.get("file") or "")} == new
+    assert os.path.getsize(source.get("file") or "") == os.path.getsize(file_before)
+    return "snapshot"
+
+
 @pytest.mark.parametrize("flags", [0, QUIESCE_REQUIRED])
 @pytest.mark.parametrize("step", [s for s in Step if s is not Step.STOPPED])
 async def test_killed_at(
     connect: Connect, faulty: Lab, subject: Subject, scratch: Path, step: Step, flags: int
 ) -> None:
     guest = subject.guest
-    before, file_before = files_of(guest), active_file(guest)
+    before, file_before = subject.files(guest), active_file(guest)
     guest.write("vda", "mark", f"{step}-{flags}")
-    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    subject.start(faulty, "--at", step, "--do", "kill")
     api = await connect()
     with pytest.raises(ApiError) as error:
-        await api.create(guest, name=f"killed-{step}-{flags}", flags=flags)
+        await api.create(guest, method_xml=subject.xml, name=f"killed-{step}-{flags}", flags=flags)
     assert error.value.name == "org.freedesktop.DBus.Error.NoReply"
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    subject.start(faulty)
     outcome = await subject.agrees(api, guest, before, file_before)
     steps = list(Step)
     stands = steps.index(step) >= steps.index(subject.stands)
     assert outcome == ("snapshot" if stands else "nothing")
     assert guest.read("vda", "mark") == f"{step}-{flags}"
-    created = await api.create(guest, flags=QUIESCE_REQUIRED)  # and all is well again
+    created = await api.create(
+        guest, method_xml=subject.xml, flags=QUIESCE_REQUIRED
+    )  # and all is well again
     raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
     assert images.is_clean(raw)
 
@@ -176,14 +230,16 @@ async def test_an_error_at_any_step_undoes_all(
     connect: Connect, faulty: Lab, subject: Subject, step: Step
 ) -> None:
     guest = subject.guest
-    before, file_before = files_of(guest), active_file(guest)
-    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "raise"))
+    before, file_before = subject.files(guest), active_file(guest)
+    subject.start(faulty, "--at", step, "--do", "raise")
     api = await connect()
     with pytest.raises(ApiError) as error:
-        await api.create(guest, name=f"raised-{step}")
+        await api.create(guest, method_xml=subject.xml, name=f"raised-{step}")
     assert error.value.name == "StorageFailed"
     assert await subject.agrees(api, guest, before, file_before) == "nothing"
-    await api.create(guest, name=f"raised-{step}")  # the name is free, and the domain
+    await api.create(
+        guest, method_xml=subject.xml, name=f"raised-{step}"
+    )  # the name is free, and the domain
 
 
 @pytest.mark.parametrize("step", list(DeleteStep))
@@ -191,22 +247,22 @@ async def test_killed_in_a_delete_at(
     connect: Connect, faulty: Lab, subject: Subject, step: DeleteStep
 ) -> None:
     guest = subject.guest
-    before, file_before = files_of(guest), active_file(guest)
-    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    before, file_before = subject.files(guest), active_file(guest)
+    subject.start(faulty, "--at", step, "--do", "kill")
     api = await connect()
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=subject.xml)
     assert (await api.properties(created.snapshot, SNAPSHOT))["Method"] == subject.method
     guest.write("vda", "mark", f"delete-{step}")
     with pytest.raises(ApiError) as error:
         await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
     assert error.value.name == "org.freedesktop.DBus.Error.NoReply"
     await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    subject.start(faulty)
     outcome = await subject.agrees(api, guest, before, file_before)
     assert outcome == ("snapshot" if step is DeleteStep.CHECKED else "nothing")
     for path in await api.snapshots_of(guest):
         await api.call(path, SNAPSHOT, "Delete", "u", 0)
-    assert files_of(guest) == before
+    assert subject.files(guest) == before
     assert guest.read("vda", "mark") == f"delete-{step}"
 
 
