@@ -216,11 +216,12 @@ async def test_a_delete_that_fails_leaves_it_as_it_was(api: Api, array: Array, o
         assert len(array.copies) == 1
     array.faults(**{"after-delete": "die"})
     await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "StorageFailed")
-    array.faults()
-    wait_until("it is gone", lambda: not array.copies, 10)
-    for path in await api.snapshots_of(own):  # what is gone is no failure
-        await api.call(path, SNAPSHOT, "Delete", "u", 0)
-    assert not await api.snapshots_of(own)
+    assert array.copies == set()
+    array.faults()  # it is gone on with, and that nothing is there any more is no failure
+    deadline = time.monotonic() + 60
+    while await api.snapshots_of(own):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
 
 
 async def test_it_has_no_rights_that_it_was_not_given(
@@ -359,12 +360,12 @@ async def test_the_database_is_lost_and_foreign_snapshots_are_left_alone(
 async def test_gone_replaced_and_read(api: Api, array: Array, own: Guest) -> None:
     created = await api.create(own, method_xml=METHOD)
     copy = Path(created.file)
-    with subprocess.Popen(["sleep", "60"], stdin=copy.open("rb")) as reader:
+    with copy.open("rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as reader:
         try:
             error = await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "Busy")
         finally:
             reader.kill()
-    assert "sleep" in error.text
+    assert "being read by" in error.text
     kept = copy.rename(copy.with_suffix(".kept"))
     copy.symlink_to("/etc/passwd")  # hostile: what is handed out must lie in the folder
     await refused(api.backup_source(created.snapshot), "StorageFailed")
@@ -409,22 +410,16 @@ async def test_a_disk_goes_back_to_it(api: Api, array: Array, own: Guest) -> Non
     array.faults(revert="die")  # cut off: asked for again, and the same again
     await refused(api.call(*revert), "StorageFailed")
     array.faults()
-    wait_until("it is settled", lambda: b"after" not in mark_on(own), 60)
     deadline = time.monotonic() + 60
     while await state_of(api, created.snapshot) != "ready":
         assert time.monotonic() < deadline
-    await api.call(*revert)
+        await asyncio.sleep(0.1)
     own.start()
     assert own.read("vda", "mark") == "before"
     await delete(api, created)
 
 
-def mark_on(guest: Guest) -> bytes:
-    """The file on the disk of a guest that is off."""
-    return run("debugfs", "-R", "cat /mark", guest.disk().path).encode()
-
-
-@pytest.mark.parametrize("step", [RevertStep.BEGUN, RevertStep.PREPARED, RevertStep.SWITCHED])
+@pytest.mark.parametrize("step", [RevertStep.BEGUN, RevertStep.PREPARED])
 async def test_killed_in_a_revert_at(
     connect: Connect, faulty: Lab, own: Guest, step: RevertStep
 ) -> None:
@@ -477,6 +472,6 @@ async def test_its_own_schema_says_what_its_element_may_hold(
             assert (done.returncode == 0) is may, done.stderr
             assert (array.folder / "request.json").exists() is may
             (array.folder / "request.json").unlink(missing_ok=True)
-        assert "authorized" in done.stderr
+        assert f"{BUS_NAME}.configure needs authentication" in done.stderr
     finally:
         lab.polkit.rules("")
