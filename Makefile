@@ -6,7 +6,7 @@ PREFIX    ?= /usr
 DESTDIR   ?=
 SYSCONFDIR ?= /etc
 # The interpreter of the installed command: the system's, as it has Debian's python3-dbus-next,
-# python3-libvirt, python3-lxml and python3-systemd.
+# python3-libvirt, python3-lxml, python3-systemd and, for method btrfs, python3-btrfsutil.
 INSTALL_PYTHON ?= /usr/bin/python3
 
 VENV := .venv
@@ -14,7 +14,8 @@ RUN  := $(VENV)/bin/python -m
 
 # Debian's packages, in this one place. To build and check; to run the lab, its guest and the tests;
 # and what `make bench` measures beside.
-BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev libsystemd-dev man-db groff-base
+BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev libsystemd-dev man-db groff-base \
+                  python3-btrfsutil
 LAB_PACKAGES   := libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
                   qemu-utils qemu-guest-agent busybox-static cpio polkitd dbus systemd libglib2.0-bin \
                   e2fsprogs xfsprogs btrfs-progs ceph-mon ceph-osd ceph-common qemu-block-extra \
@@ -52,12 +53,16 @@ packages:
 
 venv: $(VENV)/.stamp
 
-# libvirt-python must be of the version that libvirt's headers here are of.
+# libvirt-python must be of the version that libvirt's headers here are of. That of libbtrfsutil is
+# Debian's own module, linked: the one for pip needs a newer library than Debian 12 has.
 $(VENV)/.stamp: pyproject.toml | packages
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[dev]' \
 	    "libvirt-python==$$(pkg-config --modversion libvirt)"
+	ln -sf /usr/lib/python3/dist-packages/btrfsutil.*.so $(VENV)/lib/python3.*/site-packages/
+	@$(VENV)/bin/python -c 'import btrfsutil' || \
+	    echo "python3-btrfsutil is not for this Python: method btrfs is missing, and its tests fail" >&2
 	touch $@
 
 check: $(VENV)/.stamp

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from snapd_vm.model import RESERVED_METHODS
+from snapd_vm.configvalues import ConfigError as ConfigError
+from snapd_vm.configvalues import absolute as _absolute
+from snapd_vm.configvalues import number as _number
+from snapd_vm.outsideconfig import ExecutableConfig, PluginsConfig, executables, plugins
 
 DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
 
@@ -18,13 +20,6 @@ _LONGEST_CHAIN = 200
 """The most that libvirt itself loads (QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH)."""
 _MOST_SNAPSHOTS = 10_000
 _FASTEST_MIB_S = 1 << 20
-_METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
-_USER = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")
-_CAPABILITY = re.compile(r"[a-z_]{1,32}")
-
-
-class ConfigError(Exception):
-    """The configuration can't be used; the message names the file and the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +36,14 @@ class QemuConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PluginsConfig:
-    """The table `[plugins]`: methods that other Python distributions bring.
+class BtrfsConfig:
+    """The table `[btrfs]`.
 
-    `methods`: names of entry points in the group `snapd_vm.methods`, none of which is imported
-    unless it is here; `options`: the table `[plugins.NAME]` of each that has one, as it is.
+    `snapshot_dir`: the folder that snapshots of subvolumes of its file system are made in; '': the
+    folder `.snapd-vm` in the root of each.
     """
 
-    methods: tuple[str, ...] = ()
-    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutableConfig:
-    """One `[[executable]]`: a program that is a method; see methods/executable.py.
-
-    `timeout_s`: the limit of each of its runs; inside the freeze it is less, see there. `user`: who
-    it runs as, '' for root. `capabilities`: what it keeps of root's, by their names without "cap_".
-    `source_dirs`: absolute folders in one of which each file or device that it hands out must lie.
-    `schema`: a file with the RELAX NG schema of its `<diskSnapshot>`; None: that must be empty.
-    `reverts`: it knows the operation revert.
-    """
-
-    name: str
-    path: str
-    timeout_s: int = 30
-    user: str = ""
-    capabilities: tuple[str, ...] = ()
-    source_dirs: tuple[str, ...] = ()
-    schema: Path | None = None
-    reverts: bool = False
+    snapshot_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +73,7 @@ class Config:
     executable: tuple[ExecutableConfig, ...] = ()
     qemu: QemuConfig = field(default_factory=QemuConfig)
     plugins: PluginsConfig = field(default_factory=PluginsConfig)
+    btrfs: BtrfsConfig = field(default_factory=BtrfsConfig)
 
 
 def load(path: Path | None) -> Config:
@@ -138,7 +112,7 @@ def parse(document: Mapping[str, object]) -> Config:
                 raise ConfigError(f"'{key}' must be a table")
             values[key] = _TABLES[key](value)
         elif key == "executable":
-            values[key] = _executables(value)
+            values[key] = executables(value)
         elif key == "uri":
             values[key] = _uri(value)
         elif key == "state_dir":
@@ -175,63 +149,17 @@ def _qemu(table: Mapping[str, object]) -> QemuConfig:
     return QemuConfig(**values)
 
 
-def _plugins(table: Mapping[str, object]) -> PluginsConfig:
-    methods = tuple(_method("plugins.methods", one) for one in _list("plugins", table, "methods"))
-    options: dict[str, Mapping[str, object]] = {}
-    for key, value in table.items():
-        if key == "methods":
-            continue
-        if key not in methods:
-            raise ConfigError(f"unknown key 'plugins.{key}'; 'plugins.methods' does not list it")
-        if not isinstance(value, dict):
-            raise ConfigError(f"'plugins.{key}' must be a table")
-        options[key] = value
-    return PluginsConfig(methods, options)
-
-
-def _executables(value: object) -> tuple[ExecutableConfig, ...]:
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise ConfigError("'executable' must be a list of tables, each begun by [[executable]]")
-    return tuple(map(_executable, value))
-
-
-def _executable(table: Mapping[str, object]) -> ExecutableConfig:
-    known = {f.name for f in fields(ExecutableConfig)}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        name = f"executable.{key}"
-        if key not in known:
-            raise ConfigError(f"unknown key '{name}'")
-        if key == "name":
-            values[key] = _method(name, value)
-        elif key == "path":
-            values[key] = _absolute(name, value)
-        elif key == "schema":
-            values[key] = Path(_absolute(name, value))
-        elif key == "timeout_s":
-            values[key] = _number(name, value, 1, 3600, " of seconds")
-        elif key == "reverts":
-            if not isinstance(value, bool):
-                raise ConfigError(f"'{name}' must be true or false")
-            values[key] = value
-        elif key == "source_dirs":
-            values[key] = tuple(_absolute(name, one) for one in _list("executable", table, key))
-        elif key == "capabilities":
-            words = _list("executable", table, key)
-            values[key] = tuple(_word(name, _CAPABILITY, one, "like 'sys_admin'") for one in words)
-        else:
-            values[key] = _word(name, _USER, value, "the name of a user")
-    for key in ("name", "path"):
-        if key not in values:
-            raise ConfigError(f"'executable.{key}' is missing")
-    if values.get("user") and values.get("capabilities"):
-        raise ConfigError("'executable.capabilities' are for one that runs as root, without 'user'")
-    return ExecutableConfig(**values)
+def _btrfs(table: Mapping[str, object]) -> BtrfsConfig:
+    for key in table:
+        if key != "snapshot_dir":
+            raise ConfigError(f"unknown key 'btrfs.{key}'")
+    return BtrfsConfig(**{key: _absolute(f"btrfs.{key}", path) for key, path in table.items()})
 
 
 _TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {
     "qemu": _qemu,
-    "plugins": _plugins,
+    "btrfs": _btrfs,
+    "plugins": plugins,
 }
 """What reads the table of each method that has one."""
 
@@ -242,37 +170,4 @@ def _uri(value: object) -> str:
     if urlsplit(value).netloc:
         # Overlays are made and headers read here, so the domains must be here as well.
         raise ConfigError("'uri' must name the libvirt of this host, without a host name")
-    return value
-
-
-def _absolute(key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ConfigError(f"'{key}' must be an absolute path")
-    return value
-
-
-def _list(table_name: str, table: Mapping[str, object], key: str) -> Sequence[object]:
-    value = table.get(key, [])
-    if not isinstance(value, list):
-        raise ConfigError(f"'{table_name}.{key}' must be a list")
-    return value
-
-
-def _method(key: str, value: object) -> str:
-    """The name of a method from outside."""
-    name = _word(key, _METHOD, value, "a name of at most 32 letters, digits, '_' and '-'")
-    if name in RESERVED_METHODS:
-        raise ConfigError(f"'{key}' can't be '{name}', which is reserved; choose another name")
-    return name
-
-
-def _word(key: str, form: re.Pattern[str], value: object, what: str) -> str:
-    if not isinstance(value, str) or not form.fullmatch(value):
-        raise ConfigError(f"'{key}' must be {what}")
-    return value
-
-
-def _number(key: str, value: object, least: int, most: int, unit: str = "") -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigError(f"'{key}' must be a whole number{unit} from {least} to {most}")
     return value

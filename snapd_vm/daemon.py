@@ -25,6 +25,7 @@ from snapd_vm.engine.engine import Engine
 from snapd_vm.engine.journal import AnyStep, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
+from snapd_vm.methods.btrfs import Btrfs
 from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu import Qemu
 from snapd_vm.methods.reflink import Reflink
@@ -48,6 +49,7 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
     """The methods of this daemon, in the order in which a default is looked for."""
     table = settings.qemu
     in_order: Sequence[Method] = (
+        Btrfs(hypervisor, settings.btrfs.snapshot_dir, settings.low_space_percent),
         Reflink(hypervisor, settings.low_space_percent),
         Qemu(
             hypervisor, table.overlay_dirs, table.commit_bandwidth << 20, settings.low_space_percent

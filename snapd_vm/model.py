@@ -196,13 +196,18 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """What names a snapshot on its storage and in its metadata."""
+    """What names a snapshot on its storage and in its metadata.
+
+    `operation` is the UUID of the Create that takes it, which is that of its first snapshot; '' of
+    a snapshot that is on record.
+    """
 
     uuid: str
     label: str
     domain_uuid: str
     domain_name: str
     created_us: int
+    operation: str = ""
 
     @property
     def storage_name(self) -> str:

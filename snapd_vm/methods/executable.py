@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from lxml import etree
 
 from snapd_vm import storage
-from snapd_vm.config import ExecutableConfig
 from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
 from snapd_vm.methods.executabletarget import (
     Asked,
@@ -30,6 +29,7 @@ from snapd_vm.methods.folder import refuse_reader
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
 from snapd_vm.methods.program import Program, Refused, sentence
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
+from snapd_vm.outsideconfig import ExecutableConfig
 
 _PREFIX = "snapd-vm-"
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from enum import Enum, auto
 
 from snapd_vm import storage
-from snapd_vm.config import ExecutableConfig
 from snapd_vm.errors import Busy, InvalidState, SnapdError
 from snapd_vm.methods import off
 from snapd_vm.methods.executable import Executable, Hypervisor
@@ -19,6 +18,7 @@ from snapd_vm.methods.executabletarget import Asked, as_told
 from snapd_vm.methods.method import Record, Watch
 from snapd_vm.methods.program import Refused
 from snapd_vm.model import Tag, Target
+from snapd_vm.outsideconfig import ExecutableConfig
 
 
 class _Come(Enum):

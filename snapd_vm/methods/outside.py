@@ -11,10 +11,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from snapd_vm.config import Config, ConfigError, ExecutableConfig
+from snapd_vm.config import Config, ConfigError
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.method import Method
 from snapd_vm.model import Domain
+from snapd_vm.outsideconfig import ExecutableConfig
 
 log = logging.getLogger(__name__)
 

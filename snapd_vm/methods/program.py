@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from snapd_vm import command, errors, storage
-from snapd_vm.config import ExecutableConfig
 from snapd_vm.errors import MethodNotSupported, SnapdError, StorageFailed, TimedOut
 from snapd_vm.methods import jsonform
 from snapd_vm.model import Json
+from snapd_vm.outsideconfig import ExecutableConfig
 
 log = logging.getLogger(__name__)
 

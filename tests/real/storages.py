@@ -1,0 +1,243 @@
+"""Real storages with a guest on each, as the conformance suite asks them; one class a method.
+
+A further method is one more class that fits `Storage`, and a line in STORAGES. Nothing here takes
+for granted that a guest boots fast: there is one for all tests of a storage.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.lab.blockdev import Mounted
+from tests.lab.disks import DiskSpec
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.program import run
+from tests.real import images
+from tests.real.api import Created
+from tests.real.places import image
+
+
+class Storage(Protocol):
+    """A storage, and a running guest whose disk `vda`, in ext4, is on it.
+
+    `method` takes that disk by default; `format` is that of the backup source. `config` is what the
+    daemon is to be told for it. `snapshot_s` bounds a Create from its call to its answer, in
+    seconds: a guest inside a host's VM is slow.
+    """
+
+    method: str
+    format: str
+    config: Mapping[str, Any]
+    guest: Guest
+    snapshot_s: float
+
+    def contents(self) -> Collection[str]:
+        """All on the storage that a snapshot, whole or half made, could be or leave."""
+
+    def raw(self, created: Created, to: Path) -> Path:
+        """The immutable view as a raw file at `to`, read as a backup program would."""
+
+    def foreign(self) -> AbstractContextManager[None]:
+        """Somebody else's snapshot of the disk, as much like ours as it can be.
+
+        Asserts at its end that it is still there, and as it was.
+        """
+
+    def in_the_way(self, operation: str, label: str) -> AbstractContextManager[None]:
+        """Something that has the name which this operation's snapshot, called so, is to have.
+
+        The operation is written down, and nothing of it made that has a name.
+
+        Asserts at its end that it is as it was.
+        """
+
+    def full(self) -> AbstractContextManager[None]:
+        """No room for a snapshot."""
+
+    def crippled(self) -> Mapping[str, str] | None:
+        """The environment of a daemon without the tool or library that the method needs; None:
+        it needs none.
+        """
+
+
+class Overlays:
+    """Method qemu: a qcow2 image in a small file system of its own."""
+
+    method, format = "qemu", "qcow2"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._mounted = mounted
+        self._lab = lab
+        self.guest = lab.guest([DiskSpec(folder=mounted.path)])
+
+    def contents(self) -> Collection[str]:
+        return files_in(self._mounted.path)
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, created.ours("format"), to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        with kept(self.guest.disk().path.with_name(NOT_OURS), image):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with kept(self.guest.disk().path.with_suffix(f".{label}"), not_ours):
+            yield
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=64 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        return None
+
+
+class Clones:
+    """Method reflink: a raw image on XFS."""
+
+    method, format = "reflink", "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._mounted = mounted
+        self.guest = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
+
+    def contents(self) -> Collection[str]:
+        return files_in(self._mounted.path)
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        disk = self.guest.disk().path
+        with kept(disk.with_name(NOT_OURS), lambda to: run("cp", "--reflink=always", disk, to)):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with kept(self._mounted.path / f"snapd-vm-{operation}", not_ours):
+            yield
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=300 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        return None
+
+
+class Subvolumes:
+    """Method btrfs: a raw image in a subvolume."""
+
+    method, format = "btrfs", "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._mounted = mounted
+        self._subvolume = mounted.path / "vm"
+        run("btrfs", "-q", "subvolume", "create", self._subvolume)
+        self.guest = lab.guest([DiskSpec(format="raw", folder=self._subvolume)])
+        self._without = lab.folder("without")
+
+    def contents(self) -> Collection[str]:
+        listed = run("btrfs", "subvolume", "list", "-o", "-a", self._mounted.path).splitlines()
+        places = self._subvolume.glob(".snapd-vm/**")
+        return {line.rpartition(" path ")[2] for line in listed} | {str(path) for path in places}
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        place = self._subvolume / ".snapd-vm"
+        place.mkdir(0o700, exist_ok=True)
+        path = place / NOT_OURS
+        run("btrfs", "-q", "subvolume", "snapshot", "-r", self._subvolume, path)
+        before = run("btrfs", "subvolume", "show", path)
+        yield
+        assert run("btrfs", "subvolume", "show", path) == before
+        run("btrfs", "-q", "subvolume", "delete", path)
+        place.rmdir()
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        shown = run("btrfs", "subvolume", "show", self._subvolume)
+        (uuid,) = re.findall(r"^\s*UUID:\s*(\S+)$", shown, re.MULTILINE)
+        place = self._subvolume / ".snapd-vm"
+        place.mkdir(0o700)
+        folder = place / f"{operation}.{uuid[:8]}"
+        folder.mkdir()
+        with kept(folder / f"snapd-vm-{operation}", not_ours):
+            yield
+        folder.rmdir()
+        place.rmdir()
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=300 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        (self._without / "btrfsutil.py").write_text("raise ImportError('as if it was not there')")
+        return {"PYTHONPATH": str(self._without)}
+
+
+NOT_OURS = "snapd-vm-0b9a2f10-1111-4222-8333-444455556666"
+"""A name such as we give; nothing else of what bears it is ours."""
+
+
+@contextmanager
+def kept(path: Path, make: Callable[[Path], object]) -> Iterator[None]:
+    """A file of the test's, which must be the same at the end; it is removed then."""
+    make(path)
+    before = path.stat().st_ino, path.read_bytes()
+    yield
+    assert (path.stat().st_ino, path.read_bytes()) == before
+    path.unlink()
+
+
+def not_ours(path: Path) -> None:
+    """Write something of somebody else's."""
+    path.write_text("somebody else's")
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files below a folder."""
+    return {os.path.join(where, name) for where, _, names in os.walk(folder) for name in names}
+
+
+@contextmanager
+def _mounted(
+    lab: Lab, filesystem: Any, size_mib: int, on: Callable[[Lab, Mounted], Storage]
+) -> Iterator[Storage]:
+    made = lab.block.mounted(filesystem, size_mib)
+    storage = on(lab, made)
+    yield storage
+    storage.guest.remove()
+    made.unmount()
+
+
+STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
+    "qemu": lambda lab: _mounted(lab, "ext4", 400, Overlays),
+    "reflink": lambda lab: _mounted(lab, "xfs", 600, Clones),
+    "btrfs": lambda lab: _mounted(lab, "btrfs", 600, Subvolumes),
+}
+"""What makes each, with its guest, and takes it away."""
