@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from snapd_vm.configvalues import ConfigError as ConfigError
+from snapd_vm.configvalues import ConfigError
 from snapd_vm.configvalues import absolute as _absolute
 from snapd_vm.configvalues import number as _number
 from snapd_vm.outsideconfig import ExecutableConfig, PluginsConfig, executables, plugins
+
+__all__ = [
+    "BtrfsConfig",
+    "Config",
+    "ConfigError",
+    "ExecutableConfig",
+    "PluginsConfig",
+    "QemuConfig",
+    "load",
+    "parse",
+]
 
 DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
 

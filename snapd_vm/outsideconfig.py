@@ -1,4 +1,4 @@
-"""The parts of the configuration that bring in methods from outside: `[plugins]`, `[[executable]]`."""
+"""What the configuration says of methods from outside: `[plugins]` and `[[executable]]`."""
 
 from __future__ import annotations
 

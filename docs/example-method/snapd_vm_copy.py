@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from snapd_vm.methods.plugin import (
     Context,
     Disk,
     Domain,
+    Json,
     MethodNotSupported,
     MethodRequest,
     NameInUse,
@@ -34,6 +36,7 @@ from snapd_vm.methods.plugin import (
 )
 
 _PREFIX = "snapd-vm-"
+_MARK = "user.snapd-vm-copy"
 _SCHEMA = """
 <element name="diskSnapshot" xmlns="http://relaxng.org/ns/structure/1.0"
          datatypeLibrary="http://www.w3.org/2001/XMLSchema-datatypes">
@@ -47,6 +50,14 @@ _SCHEMA = """
   </optional>
 </element>
 """
+
+
+@dataclasses.dataclass(slots=True)
+class _Draft:
+    """A copy that has no name yet."""
+
+    fd: int
+    whole: bool = False
 
 
 class Copy:
@@ -66,7 +77,7 @@ class Copy:
         if not isinstance(folder, str) or not folder.startswith("/"):
             raise ValueError("'plugins.copy.folder' must be an absolute path")
         self._folder = folder
-        self._whole = set[str]()
+        self._drafts: dict[tuple[str, str], _Draft] = {}
 
     def together(self, targets: Sequence[Target]) -> bool:
         """One file is copied after the other, so of several the guest's CPUs stand still, too."""
@@ -124,41 +135,57 @@ class Copy:
         return Needs(needed, available, ("The guest stands still for as long as the copy takes.",))
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
-        """Told to the journal first, made then: drafts, empty as yet."""
-        record(targets)
+        """Files without a name (O_TMPFILE), which go with the daemon, should it be killed.
+
+        The journal is told which they are before anything of it has a name.
+        """
+        prepared = []
         for target in targets:
-            draft = _draft(target)
-            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        return targets
+            try:
+                fd = os.open(self._folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o444)
+                self._drafts[tag.uuid, target.disk] = _Draft(fd)
+                os.setxattr(fd, _MARK, f"{target.data['label']}\n{target.data['domain']}".encode())
+            except OSError as error:
+                raise StorageFailed(f"No copy can be made: {error.strerror}.") from error
+            data: dict[str, Json] = {**target.data, "made": os.fstat(fd).st_ino}
+            prepared.append(dataclasses.replace(target, data=data))
+        record(prepared)
+        return prepared
 
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """The guest stands still: nothing but the copying."""
         for target in targets:
+            draft = self._drafts[tag.uuid, target.disk]
             try:
-                _copy(_text(target, "image"), _draft(target))
+                _copy(_text(target, "image"), draft.fd)
             except OSError as error:
                 kind = NoSpace if error.errno == errno.ENOSPC else StorageFailed
                 raise kind(f"The image can't be copied: {error.strerror}.") from error
-            self._whole.add(_draft(target))
+            draft.whole = True
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
-        """Called in this life for what `create` has made, and in the next for what may be there.
-
-        What has the name is whole: it is given here, when the guest goes on, to a copy that is
-        durable. How much is in a draft that another life has left, nobody knows.
+        """In this life, of what `create` has made, which gets its name now that the guest goes on;
+        in the next, of what may be there: what has the name, and is ours, is whole.
         """
-        path, draft = Path(_text(target, "copy")), Path(_draft(target))
-        if str(draft) in self._whole:
-            self._whole.remove(str(draft))
-            _sync(draft)
-            draft.chmod(0o444)
-            draft.rename(path)
-            _sync(path.parent)
-        return path.exists()
+        draft = self._drafts.get((tag.uuid, target.disk))
+        if draft is not None:
+            if not draft.whole:
+                return False
+            try:
+                os.fsync(draft.fd)
+                os.link(f"/proc/self/fd/{draft.fd}", _text(target, "copy"))  # replaces nothing
+                _sync(self._folder)
+            except FileExistsError:
+                raise NameInUse("There is a file of the copy's name already; move it.") from None
+            except OSError as error:
+                raise StorageFailed(f"The copy can't be named: {error.strerror}.") from error
+            self._close(target, tag)
+        return _is_ours(target)
 
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
-        """Whatever is there goes; it may be nothing."""
-        return self._remove(target)
+        """Whatever is there of ours goes; it may be nothing, and called again."""
+        closed = self._close(target, tag)
+        return self._remove(target) or closed
 
     def check_delete(self, target: Target, tag: Tag) -> None:
         """Not while somebody reads it."""
@@ -182,9 +209,9 @@ class Copy:
 
     def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
         """Explains."""
-        if os.path.isfile(_text(target, "copy")):
+        if _is_ours(target):
             return Standing("ready")
-        return Standing("missing", f"{_text(target, 'copy')} is not there")
+        return Standing("missing", f"{_text(target, 'copy')} is not there, or another file")
 
     def files(self, target: Target) -> Sequence[str]:
         """Explains."""
@@ -193,30 +220,41 @@ class Copy:
     def stored(self, domains: Mapping[str, Domain]) -> Iterable[Stored]:
         """Lists: told of once after the start, if they are on no record."""
         for path in Path(self._folder).glob(f"{_PREFIX}*"):
+            try:
+                label, _, domain = os.getxattr(path, _MARK).decode(errors="replace").partition("\n")
+            except OSError:  # it has no mark
+                continue
             uuid = path.name.removeprefix(_PREFIX)
-            yield Stored(str(path), uuid, "", "", "nobody uses it", f"rm -- {path}")
+            words = shlex.join(["rm", "-f", "--", str(path)])
+            yield Stored(str(path), uuid, label, domain, "nobody uses it", words)
 
     def _remove(self, target: Target) -> bool:
-        found = False
-        self._whole.discard(_draft(target))
-        for path in (_text(target, "copy"), _draft(target)):
-            try:
-                os.unlink(path)
-                found = True
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise StorageFailed(f"The copy can't be removed: {error.strerror}.") from error
-        return found
+        if not _is_ours(target):
+            return False
+        try:
+            os.unlink(_text(target, "copy"))
+            _sync(self._folder)
+        except OSError as error:
+            raise StorageFailed(f"The copy can't be removed: {error.strerror}.") from error
+        return True
+
+    def _close(self, target: Target, tag: Tag) -> bool:
+        draft = self._drafts.pop((tag.uuid, target.disk), None)
+        if draft is not None:
+            os.close(draft.fd)
+        return draft is not None
 
 
 def _text(target: Target, key: str) -> str:
     return str(target.data[key])
 
 
-def _draft(target: Target) -> str:
-    folder, name = os.path.split(_text(target, "copy"))
-    return os.path.join(folder, f".{name}.new")
+def _is_ours(target: Target) -> bool:
+    """Whether what has the copy's name is the file that was made: told by its inode."""
+    try:
+        return os.lstat(_text(target, "copy")).st_ino == target.data.get("made")
+    except OSError:
+        return False
 
 
 def _stat(target: Target) -> os.stat_result:
@@ -230,29 +268,40 @@ def _stat(target: Target) -> os.stat_result:
     return found
 
 
-def _copy(image: str, draft: str) -> None:
+def _copy(image: str, copy: int) -> None:
     """Copy what is no hole, by shared extents where the file system has them."""
-    with open(image, "rb") as origin, open(draft, "r+b") as copy:
-        end = os.fstat(origin.fileno()).st_size
+    with open(image, "rb") as file:
+        origin = file.fileno()
+        end = os.fstat(origin).st_size
         at = 0
         while at < end:
             try:
-                at = os.lseek(origin.fileno(), at, os.SEEK_DATA)
+                at = os.lseek(origin, at, os.SEEK_DATA)
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
                 break  # nothing but a hole is left
-            stop = os.lseek(origin.fileno(), at, os.SEEK_HOLE)
+            stop = os.lseek(origin, at, os.SEEK_HOLE)
             while at < stop:
-                done = os.copy_file_range(origin.fileno(), copy.fileno(), stop - at, at, at)
+                done = _copy_range(origin, copy, stop - at, at)
                 if done == 0:
                     raise OSError(errno.EIO, "the image has become shorter")
                 at += done
-        copy.truncate(end)
+        os.ftruncate(copy, end)
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _copy_range(origin: int, copy: int, count: int, at: int) -> int:
+    try:
+        return os.copy_file_range(origin, copy, count, at, at)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # from one kind of file system to another
+            raise
+    os.lseek(copy, at, os.SEEK_SET)
+    return os.sendfile(copy, origin, at, count)
+
+
+def _sync(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.lab.lab import Lab
 from tests.lab.program import run
@@ -23,6 +23,9 @@ class Array:
     program: Path
     folder: Path
     more: dict[str, Any] = field(default_factory=dict)
+    name: ClassVar[str] = NAME
+    xml: ClassVar[str] = METHOD
+    suffix: ClassVar[str] = ".img"
 
     @classmethod
     def install(cls, lab: Lab, where: Path | None = None, **more: Any) -> Array:
@@ -78,11 +81,15 @@ class Plugin:
 
     site: Path
     folder: Path
+    name: ClassVar[str] = COPY
+    xml: ClassVar[str] = COPY_METHOD
+    suffix: ClassVar[str] = ""
 
     @classmethod
-    def install(cls, lab: Lab) -> Plugin:
+    def install(cls, lab: Lab, where: Path | None = None) -> Plugin:
         """Install it below the run's folder, once."""
-        site, folder = lab.folder("site"), lab.folder("plugin-copies")
+        site, folder = lab.folder("site"), where or lab.folder("plugin-copies")
+        folder.mkdir(exist_ok=True)
         if not any(site.iterdir()):
             source = lab.folder("plugin-source") / "example-method"  # pip builds where it lies
             shutil.copytree(EXAMPLE, source)

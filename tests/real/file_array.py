@@ -20,10 +20,19 @@ from typing import Any
 
 SETTINGS = json.loads(Path(__file__).with_suffix(".json").read_text())
 FOLDER = Path(SETTINGS["folder"])
+MARK = "user.file-array"
 
 
 def copy_of(snapshot: dict[str, Any]) -> Path:
     return FOLDER / f"{snapshot['name']}.img"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it bears the mark: what does not, whatever its name, is not there for us."""
+    try:
+        return bool(os.getxattr(path, MARK))
+    except OSError:
+        return False
 
 
 def claim(snapshot: dict[str, Any]) -> dict[str, Any]:
@@ -39,45 +48,67 @@ def claim(snapshot: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(*snapshots: dict[str, Any]) -> dict[str, Any]:
+    needed = sum(os.stat(s["data"]["image"]).st_blocks * 512 for s in snapshots)
+    free = shutil.disk_usage(FOLDER).free
+    if needed > free:
+        refuse("NoSpace", f"{needed} bytes are needed, and {free} are free; make room")
     return {
-        "space_needed": sum(os.stat(s["data"]["image"]).st_blocks * 512 for s in snapshots),
-        "space_available": shutil.disk_usage(FOLDER).free,
+        "space_needed": needed,
+        "space_available": free,
         "warnings": [f"{len(snapshots)} copied"],
     }
 
 
 def create(*snapshots: dict[str, Any]) -> dict[str, Any]:
     for snapshot in snapshots:
-        draft = copy_of(snapshot).with_suffix(".new")
+        copy, draft = copy_of(snapshot), copy_of(snapshot).with_suffix(".new")
         words = ["cp", "--reflink=auto", "--sparse=always", snapshot["data"]["image"], str(draft)]
         subprocess.run(words, check=True)
+        mark = f"{snapshot['label']}\n{snapshot['domain']['name']}"
+        os.setxattr(draft, MARK, mark.encode())
         draft.chmod(0o444)
         fault("halfway")
-        draft.rename(copy_of(snapshot))
+        try:
+            os.link(draft, copy)
+        except FileExistsError:
+            draft.unlink()
+            refuse("NameInUse", "There is a file of that name; move it away")
+        draft.unlink()
     return {}
 
 
 def delete(snapshot: dict[str, Any]) -> dict[str, Any]:
     found = False
     for path in (copy_of(snapshot), copy_of(snapshot).with_suffix(".new")):
-        found = found or path.exists()
-        path.unlink(missing_ok=True)
+        if path.suffix == ".new" or is_ours(path):
+            found = found or path.exists()
+            path.unlink(missing_ok=True)
     return {"deleted": found}
 
 
 def state(snapshot: dict[str, Any]) -> dict[str, Any]:
-    there = copy_of(snapshot).exists()
-    return {"state": "ready"} if there else {"state": "missing", "reason": "The copy is gone"}
+    if is_ours(copy_of(snapshot)):
+        return {"state": "ready"}
+    return {"state": "missing", "reason": "The copy is gone"}
 
 
 def every() -> dict[str, Any]:
-    return {"snapshots": [{"name": path.stem} for path in FOLDER.glob("snapd-vm-*.img")]}
+    found = []
+    for path in filter(is_ours, FOLDER.glob("snapd-vm-*.img")):
+        label, _, domain = os.getxattr(path, MARK).decode().partition("\n")
+        found.append({"name": path.stem, "label": label, "domain": domain})
+    return {"snapshots": found}
 
 
 def revert(snapshot: dict[str, Any]) -> dict[str, Any]:
     words = ["cp", "--reflink=auto", copy_of(snapshot), snapshot["data"]["image"]]
     subprocess.run(words, check=True)
     return {}
+
+
+def refuse(name: str, message: str) -> None:
+    print(json.dumps({"error": {"name": name, "message": message}}))
+    sys.exit(1)
 
 
 def fault(operation: str) -> None:
@@ -97,8 +128,7 @@ def fault(operation: str) -> None:
             print(words, file=sys.stderr)
             sys.exit(3)
         case ("refuse", _, name):
-            print(json.dumps({"error": {"name": name, "message": "The array says no"}}))
-            sys.exit(1)
+            refuse(name, "The array says no")
         case ("say", _, words):
             print(words)
             sys.exit(0)

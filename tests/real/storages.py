@@ -20,6 +20,7 @@ from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
 from tests.real.api import Created
+from tests.real.arrays import Array, Plugin
 from tests.real.places import image
 
 
@@ -28,7 +29,8 @@ class Storage(Protocol):
 
     `method` takes that disk by default; `format` is that of the backup source. `config` is what the
     daemon is to be told for it. `snapshot_s` bounds a Create from its call to its answer, in
-    seconds: a guest inside a host's VM is slow.
+    seconds: a guest inside a host's VM is slow. One whose method is no default has `xml` to ask for
+    it, and `env` is the environment that its daemon needs; see `xml_of` and `env_of`.
     """
 
     method: str
@@ -64,6 +66,59 @@ class Storage(Protocol):
         """The environment of a daemon without the tool or library that the method needs; None:
         it needs none.
         """
+
+
+def xml_of(storage: Storage) -> str:
+    """The XML that asks for the method, where it is not the default; else ''."""
+    return str(getattr(storage, "xml", ""))
+
+
+def env_of(storage: Storage) -> Mapping[str, str]:
+    """What the environment of its daemon has besides."""
+    found: Mapping[str, str] = getattr(storage, "env", {})
+    return found
+
+
+class Copies:
+    """A method from outside, which has to be asked for, and copies raw files into a folder."""
+
+    format = "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted, made: Array | Plugin) -> None:
+        self.method, self.xml = made.name, made.xml
+        self.config: Mapping[str, Any] = made.config
+        self.env: Mapping[str, str] = made.env
+        self._mounted, self._made = mounted, made
+        self.guest = lab.guest([DiskSpec(format="raw", folder=lab.folder(f"for-{made.name}"))])
+
+    def contents(self) -> Collection[str]:
+        return files_in(self._mounted.path)
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        disk = self.guest.disk().path
+        path = self._made.folder / f"{NOT_OURS}{self._made.suffix}"
+        with kept(path, lambda to: run("cp", "--sparse=always", disk, to)):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        name = f"snapd-vm-{operation}{self._made.suffix}"
+        with kept(self._made.folder / name, not_ours):
+            yield
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=64 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        return None
 
 
 class Overlays:
@@ -200,6 +255,14 @@ class Subvolumes:
         return {"PYTHONPATH": str(self._without)}
 
 
+def _array(lab: Lab, mounted: Mounted) -> Storage:
+    return Copies(lab, mounted, Array.install(lab, mounted.path / "copies"))
+
+
+def _plugin(lab: Lab, mounted: Mounted) -> Storage:
+    return Copies(lab, mounted, Plugin.install(lab, mounted.path / "copies"))
+
+
 NOT_OURS = "snapd-vm-0b9a2f10-1111-4222-8333-444455556666"
 """A name such as we give; nothing else of what bears it is ours."""
 
@@ -239,5 +302,7 @@ STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
     "qemu": lambda lab: _mounted(lab, "ext4", 400, Overlays),
     "reflink": lambda lab: _mounted(lab, "xfs", 600, Clones),
     "btrfs": lambda lab: _mounted(lab, "btrfs", 600, Subvolumes),
+    "array": lambda lab: _mounted(lab, "xfs", 300, _array),
+    "copy": lambda lab: _mounted(lab, "ext4", 300, _plugin),
 }
 """What makes each, with its guest, and takes it away."""
