@@ -173,8 +173,7 @@ class Copy:
                 return False
             try:
                 os.fsync(draft.fd)
-                os.link(f"/proc/self/fd/{draft.fd}", _text(target, "copy"))  # replaces nothing
-                _sync(self._folder)
+                _give_name(draft.fd, _text(target, "copy"))
             except FileExistsError:
                 raise NameInUse("There is a file of the copy's name already; move it.") from None
             except OSError as error:
@@ -298,6 +297,16 @@ def _copy_range(origin: int, copy: int, count: int, at: int) -> int:
             raise
     os.lseek(copy, at, os.SEEK_SET)
     return os.sendfile(copy, origin, at, count)
+
+
+def _give_name(fd: int, path: str) -> None:
+    """linkat(2), which replaces nothing; Python calls it only with a descriptor of the folder."""
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(f"/proc/self/fd/{fd}", os.path.basename(path), dst_dir_fd=folder)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _sync(folder: str) -> None:
