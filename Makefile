@@ -103,17 +103,23 @@ INSTALLED := \
     $(SHARE)/dbus-1/interfaces/org.example.DiskSnapshot.xml \
     $(SHARE)/polkit-1/actions/org.example.DiskSnapshot.policy \
     $(SHARE)/snapd-vm/diskSnapshot.rng \
+    $(SHARE)/snapd-vm/executable-method.schema.json \
     $(SHARE)/bash-completion/completions/snapd-vm \
     $(SHARE)/man/man1/snapd-vm.1 \
     $(SHARE)/man/man5/snapd-vm.toml.5 \
     $(DOCDIR)/README.md \
     $(DOCDIR)/CHANGELOG.md \
     $(DOCDIR)/LICENSE \
+    $(DOCDIR)/writing-a-method.md \
+    $(DOCDIR)/example-array/rbd-array \
+    $(DOCDIR)/example-method/README.md \
+    $(DOCDIR)/example-method/pyproject.toml \
+    $(DOCDIR)/example-method/snapd_vm_copy.py \
     $(DOCDIR)/examples/snapd-vm.toml \
     $(DOCDIR)/examples/50-snapd-vm-backup-operators.rules
 # The data folder of the package is a link to data/ here; installed, it holds the files themselves.
 MODULES := $(shell cd snapd_vm && find . -name '*.py' | sort)
-PACKAGE_DATA := $(notdir $(wildcard data/*.xml data/*.rng))
+PACKAGE_DATA := $(notdir $(wildcard data/*.xml data/*.rng data/*.json))
 
 install:
 	@test -n "$(MODULES)"
@@ -136,18 +142,23 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/dbus-1/system-services data/org.example.DiskSnapshot.service
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/dbus-1/interfaces data/org.example.DiskSnapshot.xml
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/polkit-1/actions polkit/org.example.DiskSnapshot.policy
-	install -D -m 644 -t $(DESTDIR)$(SHARE)/snapd-vm data/diskSnapshot.rng
+	install -D -m 644 -t $(DESTDIR)$(SHARE)/snapd-vm data/diskSnapshot.rng \
+	    data/executable-method.schema.json
 	install -D -m 644 data/snapd-vm.bash $(DESTDIR)$(SHARE)/bash-completion/completions/snapd-vm
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/man/man1 docs/snapd-vm.1
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/man/man5 docs/snapd-vm.toml.5
-	install -D -m 644 -t $(DESTDIR)$(DOCDIR) README.md CHANGELOG.md LICENSE
+	install -D -m 644 -t $(DESTDIR)$(DOCDIR) README.md CHANGELOG.md LICENSE docs/writing-a-method.md
+	install -D -m 755 -t $(DESTDIR)$(DOCDIR)/example-array docs/example-array/rbd-array
+	install -D -m 644 -t $(DESTDIR)$(DOCDIR)/example-method docs/example-method/README.md \
+	    docs/example-method/pyproject.toml docs/example-method/snapd_vm_copy.py
 	install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples data/snapd-vm.toml \
 	    polkit/50-snapd-vm-backup-operators.rules
 
 uninstall:
 	rm -rf $(DESTDIR)$(LIBDIR)
 	rm -f $(addprefix $(DESTDIR),$(INSTALLED))
-	rmdir --ignore-fail-on-non-empty $(wildcard $(addprefix $(DESTDIR),$(DOCDIR)/examples $(DOCDIR) \
+	rmdir --ignore-fail-on-non-empty $(wildcard $(addprefix $(DESTDIR),$(DOCDIR)/examples $(DOCDIR)/example-array \
+	    $(DOCDIR)/example-method $(DOCDIR) \
 	    $(SHARE)/snapd-vm $(SYSCONFDIR)/snapd-vm)) 2>/dev/null || true
 
 clean:

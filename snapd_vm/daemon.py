@@ -71,11 +71,7 @@ def all_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method
     from snapd_vm.methods.method import OnRequest
 
     first, last = dict[str, Method](), dict[str, Method]()
-    for method, schema in outside.load(settings, hypervisor):
-        try:
-            schemas.register(method.name, schema)
-        except ValueError as error:
-            raise ConfigError(f"the method '{method.name}' can't be used: {error}") from None
+    for method in outside.load(settings, hypervisor, schemas.register):
         asked: object = method
         (last if isinstance(asked, OnRequest) and asked.on_request else first)[method.name] = method
     return {**first, **table, **last}

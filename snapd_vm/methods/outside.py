@@ -8,7 +8,7 @@ that all other methods, and guests that wait for a thaw, have their daemon.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from snapd_vm.config import Config, ConfigError
@@ -26,7 +26,10 @@ _EMPTY = (
     "<element name='diskSnapshot' xmlns='http://relaxng.org/ns/structure/1.0'>"
     "<attribute name='method'><value>{name}</value></attribute></element>"
 )
-_NEEDED = {"": ("setpcap",), "user": ("setpcap", "setuid", "setgid", "kill")}
+Register = Callable[[str, str], None]
+"""Takes a method's name and RELAX NG schema; ValueError for what is none."""
+
+_NEEDED = {"": ("setpcap", "setgid"), "user": ("setpcap", "setuid", "setgid", "kill")}
 _CAPABILITY_NUMBERS = {"kill": 5, "setgid": 6, "setuid": 7, "setpcap": 8}  # capability.h
 
 
@@ -38,17 +41,17 @@ class Hypervisor(Protocol):
     def user_of(self, path: str, uuid: str, target: str) -> str: ...
 
 
-def load(settings: Config, hypervisor: Hypervisor) -> Sequence[tuple[Method, str]]:
-    """Each method with the RELAX NG schema of its `<diskSnapshot>`. Raises ConfigError."""
-    found = [_executable(one, settings, hypervisor) for one in settings.executable]
+def load(settings: Config, hypervisor: Hypervisor, register: Register) -> Sequence[Method]:
+    """All of them, each registered with the schema of its `<diskSnapshot>`. Raises ConfigError."""
+    found = [_executable(one, settings, hypervisor, register) for one in settings.executable]
     if settings.plugins.methods:
-        found += _plugins(settings, hypervisor)
+        found += _plugins(settings, hypervisor, register)
     return found
 
 
 def _executable(
-    one: ExecutableConfig, settings: Config, hypervisor: Hypervisor
-) -> tuple[Method, str]:
+    one: ExecutableConfig, settings: Config, hypervisor: Hypervisor, register: Register
+) -> Method:
     from snapd_vm.methods.executable import Executable
     from snapd_vm.methods.executablerevert import RevertingExecutable
     from snapd_vm.methods.program import kept_by_root
@@ -59,8 +62,9 @@ def _executable(
         if one.schema is not None:
             with open(kept_by_root(str(one.schema), "The schema"), encoding="utf-8") as file:
                 schema = file.read()
-    except (SnapdError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the schema of method '{one.name}' can't be read: {error}") from None
+        register(one.name, schema)
+    except (SnapdError, OSError, ValueError) as error:  # it is not UTF-8, or no schema
+        raise ConfigError(f"the schema of method '{one.name}' can't be used: {error}") from None
     kind = RevertingExecutable if one.reverts else Executable
     mark = f"{one.name}@{settings.state_dir}"
     method = kind(one, hypervisor, settings.frozen_limit_s, mark)
@@ -68,7 +72,7 @@ def _executable(
         method.fit()
     except SnapdError as error:  # it is looked at again before each run
         log.error("method %s can't be used: %s", one.name, error)
-    return method, schema
+    return method
 
 
 def _check_rights(one: ExecutableConfig) -> None:
@@ -94,13 +98,13 @@ def _check_rights(one: ExecutableConfig) -> None:
             )
 
 
-def _plugins(settings: Config, hypervisor: Hypervisor) -> list[tuple[Method, str]]:
+def _plugins(settings: Config, hypervisor: Hypervisor, register: Register) -> list[Method]:
     from importlib.metadata import entry_points
 
     there: dict[str, list[Any]] = {}
     for point in entry_points(group=GROUP):
         there.setdefault(point.name, []).append(point)
-    found = []
+    found = list[Method]()
     for name in settings.plugins.methods:
         points = {point.value: point for point in there.get(name, [])}
         if not points:
@@ -112,7 +116,7 @@ def _plugins(settings: Config, hypervisor: Hypervisor) -> list[tuple[Method, str
             raise ConfigError(f"several distributions have a method '{name}': {', '.join(points)}")
         ((_, point),) = points.items()
         try:
-            found.append(_made(name, point, settings, hypervisor))
+            found.append(_made(name, point, settings, hypervisor, register))
         except BaseException as error:  # SystemExit too
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -126,7 +130,9 @@ def _plugins(settings: Config, hypervisor: Hypervisor) -> list[tuple[Method, str
     return found
 
 
-def _made(name: str, point: Any, settings: Config, hypervisor: Hypervisor) -> tuple[Method, str]:
+def _made(
+    name: str, point: Any, settings: Config, hypervisor: Hypervisor, register: Register
+) -> Method:
     from snapd_vm.methods.fence import Fenced, Wrong
     from snapd_vm.methods.plugin import PROTOCOL_VERSION
 
@@ -141,7 +147,9 @@ def _made(name: str, point: Any, settings: Config, hypervisor: Hypervisor) -> tu
     schema = getattr(made, "schema", None) or _EMPTY.format(name=name)
     if not isinstance(schema, str):
         raise Wrong("its schema is no text")
-    return Fenced(name, made), schema
+    method = Fenced(name, made)
+    register(name, schema)
+    return method
 
 
 def _context(name: str, options: Any, hypervisor: Hypervisor) -> Any:
