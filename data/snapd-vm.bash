@@ -24,6 +24,8 @@ _snapd_vm() {
     case $prev in
         --method)
             mapfile -t COMPREPLY < <(compgen -W "qemu reflink -" -- "$cur")
+            # One from outside: the service knows.
+            ((${#COMPREPLY[@]})) || _snapd_vm_words "$cur" methods
             return ;;
         --config)
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")

@@ -241,7 +241,7 @@ def test_list_of_one_domain_by_name_and_of_a_gone_one_by_uuid(
 
 
 def test_methods(bus: str, service: FakeService) -> None:
-    assert done(snapd_vm(bus, "methods")) == "METHOD\nqemu\n"
+    assert done(snapd_vm(bus, "methods")) == "METHOD\nqemu\nvendor\n"
     assert json.loads(done(snapd_vm(bus, "methods", "--json"))) == ["qemu"]
 
 
@@ -399,6 +399,7 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert offered("create", "--q") == ["--quiesce-required"]
     assert offered("create", "--method", "q") == ["qemu"]
     assert offered("create", "--method", "r") == ["reflink"]
+    assert offered("create", "--method", "v") == ["vendor"]
     assert offered("create", "w") == ["web"]
     assert offered("create", "--name", "n", "w") == ["web"]
     assert offered("create", "--json", "web", "v") == ["vda"]

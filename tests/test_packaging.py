@@ -36,6 +36,11 @@ FILES = {
     f"{SHARE}/dbus-1/interfaces/{NAME}.xml": 0o644,
     f"{SHARE}/polkit-1/actions/{NAME}.policy": 0o644,
     f"{SHARE}/snapd-vm/diskSnapshot.rng": 0o644,
+    "usr/lib/snapd-vm/snapd_vm/data/executable-method.schema.json": 0o644,
+    f"{SHARE}/snapd-vm/executable-method.schema.json": 0o644,
+    f"{SHARE}/doc/snapd-vm/writing-a-method.md": 0o644,
+    f"{SHARE}/doc/snapd-vm/example-array/rbd-array": 0o755,
+    f"{SHARE}/doc/snapd-vm/example-method/snapd_vm_copy.py": 0o644,
     f"{SHARE}/bash-completion/completions/snapd-vm": 0o644,
     f"{SHARE}/man/man1/snapd-vm.1": 0o644,
     f"{SHARE}/man/man5/snapd-vm.toml.5": 0o644,
@@ -88,7 +93,7 @@ def test_every_file_lands_as_a_file_with_its_mode(installed: Path) -> None:
 
 def test_the_whole_package_lands_and_nothing_else(installed: Path) -> None:
     def sources(folder: Path) -> set[str]:
-        kinds = {".py", ".xml", ".rng"}
+        kinds = {".py", ".xml", ".rng", ".json"}
         found = (
             Path(root) / n for root, _, names in os.walk(folder, followlinks=True) for n in names
         )
@@ -173,7 +178,7 @@ def test_a_build_carries_the_data_files(tmp_path: Path) -> None:
         cwd=source,
     )
     built = tmp_path / "build/lib/snapd_vm"
-    for name in (f"{NAME}.xml", "diskSnapshot.rng"):
+    for name in (f"{NAME}.xml", "diskSnapshot.rng", "executable-method.schema.json"):
         assert (built / "data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
     modules = {
         str(path.relative_to(ROOT / "snapd_vm")) for path in (ROOT / "snapd_vm").rglob("*.py")

@@ -124,6 +124,7 @@ class Mine(plugin.SnapdError):
     dbus_name = "com.example.Secret"
 
 class Odd(Copy):
+    schema = ""
     def {member}(self, *given, **named):
         {does}
 
@@ -256,7 +257,7 @@ async def test_one_that_misbehaves_harms_nobody(
     made = odd(lab, Plugin.install(lab), "odd", member, does)
     faulty.daemon.start(made.config, env=made.env)
     api = await connect()
-    xml = "<diskSnapshot method='copy'/>".replace("copy", "odd")
+    xml = "<diskSnapshot method='odd'/>"
     if member == "standing":  # whose mistakes show when it is looked at
         created = await api.create(own, method_xml=xml)
         error = await refused(api.backup_source(created.snapshot), "Internal")
