@@ -242,7 +242,7 @@ def test_list_of_one_domain_by_name_and_of_a_gone_one_by_uuid(
 
 def test_methods(bus: str, service: FakeService) -> None:
     assert done(snapd_vm(bus, "methods")) == "METHOD\nqemu\nvendor\n"
-    assert json.loads(done(snapd_vm(bus, "methods", "--json"))) == ["qemu"]
+    assert json.loads(done(snapd_vm(bus, "methods", "--json"))) == ["qemu", "vendor"]
 
 
 def test_a_failure_is_the_services_own_sentence(bus: str, service: FakeService) -> None:

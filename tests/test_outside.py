@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from snapd_vm import command, config, request, schemas
 from snapd_vm.errors import InvalidXML, MethodUnknown
 from snapd_vm.methods.jsonform import _KEYWORDS, _NO_MEANING, Form, Unfit, read
 from snapd_vm.model import MethodRequest
+from tests.lab.program import run
 
-SCHEMA = Path(__file__).parents[1] / "data/executable-method.schema.json"
+ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / "data/executable-method.schema.json"
 ONE = {"name": "array", "path": "/opt/array"}
 
 
@@ -48,6 +52,13 @@ def test_what_the_configuration_must_not_say(document: dict[str, Any], words: st
     with pytest.raises(config.ConfigError) as error:
         config.parse(document)
     assert words in str(error.value)
+
+
+def test_nothing_of_them_is_imported_unless_they_are_listed() -> None:
+    """Start-up is measured."""
+    words = ("importlib.metadata", "snapd_vm.methods.outside", "snapd_vm.methods.program")
+    script = f"import sys, snapd_vm.daemon; print([w for w in {words} if w in sys.modules])"
+    assert run(sys.executable, "-c", script, cwd=ROOT) == "[]\n"
 
 
 def test_what_it_may() -> None:
@@ -181,8 +192,6 @@ def test_a_program_is_sent_its_input_and_its_output_is_bounded() -> None:
 
 
 def test_what_an_earlier_process_left_is_found_by_its_mark() -> None:
-    import subprocess
-
     left = subprocess.Popen(["sleep", "60"], env={"SNAPD_VM_RUN": "a@/b"})
     other = subprocess.Popen(["sleep", "60"], env={"SNAPD_VM_RUN": "a@/bc"})
     try:
