@@ -23,7 +23,7 @@ _snapd_vm() {
 
     case $prev in
         --method)
-            mapfile -t COMPREPLY < <(compgen -W "qemu reflink -" -- "$cur")
+            mapfile -t COMPREPLY < <(compgen -W "btrfs qemu reflink -" -- "$cur")
             # One from outside: the service knows.
             ((${#COMPREPLY[@]})) || _snapd_vm_words "$cur" methods
             return ;;

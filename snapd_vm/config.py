@@ -164,7 +164,8 @@ def _btrfs(table: Mapping[str, object]) -> BtrfsConfig:
     for key in table:
         if key != "snapshot_dir":
             raise ConfigError(f"unknown key 'btrfs.{key}'")
-    return BtrfsConfig(**{key: _absolute(f"btrfs.{key}", path) for key, path in table.items()})
+    path = table.get("snapshot_dir", "")
+    return BtrfsConfig("" if path == "" else _absolute("btrfs.snapshot_dir", path))
 
 
 _TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {

@@ -230,8 +230,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Gues
     make("install", folder, INSTALL_PYTHON=sys.executable)
     unit, command = (folder / path for path in (UNIT, "usr/bin/snapd-vm"))
     with Lab() as lab:
-        cloning = lab.block.mounted("xfs")
-        guest = lab.guest([DiskSpec(), DiskSpec(format="raw", folder=cloning.path)], name="web")
+        folders = [lab.block.mounted(filesystem).path for filesystem in ("xfs", "btrfs")]
+        below = [DiskSpec(format="raw", size_mib=16, folder=folder) for folder in folders]
+        guest = lab.guest([DiskSpec(), *below], name="web")
         lab.daemon.start(argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
         yield lab, guest, command
         lab.daemon.stop()
@@ -328,6 +329,18 @@ def test_confined_it_clones_and_goes_back_too(served: tuple[Lab, Guest, Path]) -
     gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdb/clone"])
     assert gone.returncode == 0, gone.stderr + lab.daemon.log
     assert not clone.exists()
+
+
+def test_confined_it_snapshots_a_subvolume_too(served: tuple[Lab, Guest, Path]) -> None:
+    lab, guest, command = served
+    made = lab.as_user(None, [command, "create", guest.name, "vdc", "--name", "held", "--json"])
+    assert made.returncode == 0, made.stderr + lab.daemon.log
+    assert json.loads(made.stdout)["method"] == "btrfs"
+    (folder,) = guest.disk("vdc").path.parent.glob(".snapd-vm/*")
+    assert "trusted.snapd-vm" in os.listxattr(folder)
+    gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdc/held"])
+    assert gone.returncode == 0, gone.stderr + lab.daemon.log
+    assert not folder.parent.exists()
 
 
 def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:

@@ -19,17 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from lxml import etree
 
 from snapd_vm import storage
-from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
+from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
 from snapd_vm.methods import chain, clone, cloneback, snapshotfolder, subvolume, subvolumeclaim
-from snapd_vm.methods.folder import check_links, low_space, open_folder, refuse_reader
+from snapd_vm.methods.folder import low_space, open_folder, refuse_reader
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
 from snapd_vm.methods.subvolumetarget import SubvolumeTarget
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
 log = logging.getLogger(__name__)
-
-RESERVE = 1 << 20
-"""Bytes that must be free: a snapshot takes next to none, but what is overwritten then does."""
 
 
 class Btrfs:
@@ -89,52 +86,7 @@ class Btrfs:
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
-        available, warnings = 0, list[str]()
-        subvolume.load()
-        for target in targets:
-            one = SubvolumeTarget.of(target)
-            check_links(self._hypervisor, one.declared, one.image)
-            place = snapshotfolder.check(one.place)
-            if os.path.lexists(os.path.join(one.place, one.folder)):
-                raise NameInUse(f"There is {one.place}/{one.folder} already; move it away.")
-            if storage.read_only(place):
-                raise StorageFailed(f"The folder {place} is read-only.")
-            available = storage.space_available(place)
-            if available < RESERVE * len(targets):
-                raise NoSpace(
-                    f"The file system of {one.root} has {available} bytes left; what the guest "
-                    "overwrites after the snapshot needs new room, so make some first."
-                )
-            if not one.active and storage.write_locked(one.image):
-                raise Busy(
-                    f"The image of disk {target.disk} is open for writing by another process."
-                )
-            warnings += self._warnings(target.disk, one, available)
-        roots = dict.fromkeys(SubvolumeTarget.of(target).root for target in targets)
-        warnings += [
-            f"The snapshot holds all else that is in the subvolume {root} too; what is removed or "
-            "overwritten there takes up its room until the snapshot is deleted."
-            for root in roots
-        ]
-        return Needs(RESERVE * len(targets), available, tuple(warnings))
-
-    def _warnings(self, disk: str, one: SubvolumeTarget, available: int) -> Iterable[str]:
-        with open_folder(self._hypervisor, os.path.dirname(one.image)) as folder:
-            image = clone.open_image(folder, os.path.basename(one.image), one.identity)
-            try:
-                used, nocow = os.fstat(image).st_blocks * 512, clone.is_nocow(image)
-            finally:
-                os.close(image)
-        if nocow:
-            yield (
-                f"The image of disk {disk} is written in place (chattr +C); after a snapshot each "
-                "of its blocks is copied once all the same, when the guest overwrites it."
-            )
-        if available < used:
-            yield (
-                f"As the guest overwrites disk {disk}, up to {used} bytes more are needed, and "
-                f"{available} are free; the guest stops when there are none."
-            )
+        return subvolumeclaim.check(self._hypervisor, [SubvolumeTarget.of(one) for one in targets])
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
         """Make the folders, marked, that the snapshots then only go into.

@@ -8,7 +8,8 @@ before others can find it, so that a daemon killed at any moment finds it again 
 
 `check`, `prepare` and `create` are called once for all disks of an operation that the method takes,
 as some storages can take several at one instant. The tag that they, `taken` and `undo` are given is
-the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's own.
+the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's own. That of `claim`
+says of which operation it is (`Tag.operation`), for storages that give it one name for several.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def remove(one: SubvolumeTarget) -> bool:
     MethodNotSupported.
     """
     if not os.path.lexists(one.place):
+        if not subvolume.is_root(one.root):
+            raise StorageFailed(f"The subvolume {one.root} is not there; mount it.")
         return False
     with opened(one) as root:
         if root is not None:

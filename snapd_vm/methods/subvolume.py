@@ -73,7 +73,9 @@ def holding(fd: int, path: str) -> Subvolume | None:
     except OSError as error:
         raise StorageFailed(f"The subvolume of {path} can't be found: {error}.") from error
     below_mount = _below(mount.point, path)
-    inside = None if below_mount is None else _below(place, os.path.join(mount.root, below_mount))
+    inside = None
+    if below_mount is not None:
+        inside = _below(place, os.path.normpath(os.path.join(mount.root, below_mount)))
     roots = tuple(_roots(mount, place, device))
     if not inside or not roots:
         raise MethodNotSupported(
@@ -134,6 +136,14 @@ def open_root(path: str, uuid: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def is_root(path: str) -> bool:
+    """Whether the root folder of some subvolume is there, and not merely a point to mount it."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino == ROOT_INODE
+    except OSError:
+        return False
 
 
 def write_out(fd: int) -> None:
@@ -220,7 +230,7 @@ def _binding() -> Any:
     try:
         import btrfsutil
     except ImportError as error:
-        raise _MISSING from error
+        raise _missing() from error
     return btrfsutil
 
 
@@ -230,12 +240,14 @@ def _library() -> Any:
     try:
         return ctypes.CDLL("libbtrfsutil.so.1", use_errno=True)
     except OSError as error:
-        raise _MISSING from error
+        raise _missing() from error
 
 
-_MISSING = MethodNotSupported(
-    "Method btrfs needs libbtrfsutil for Python; install python3-btrfsutil, or use another method."
-)
+def _missing() -> MethodNotSupported:
+    return MethodNotSupported(
+        "Method btrfs needs libbtrfsutil for Python; install python3-btrfsutil, or use another "
+        "method."
+    )
 
 
 def _last_error() -> OSError:

@@ -1,5 +1,5 @@
 """What the method btrfs would act on: the subvolume of a disk, found and held against what a caller
-named; and which snapshots of ours there are. Looks and changes nothing.
+named; what forbids it; and which snapshots of ours there are. Looks and changes nothing.
 """
 
 from __future__ import annotations
@@ -7,14 +7,27 @@ from __future__ import annotations
 import os
 import shlex
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from snapd_vm import mounts, storage
-from snapd_vm.errors import MethodNotSupported, NotUnderDisk, SnapdError, StorageFailed
-from snapd_vm.methods import chain, snapshotfolder, subvolume
+from snapd_vm.errors import (
+    Busy,
+    MethodNotSupported,
+    NameInUse,
+    NoSpace,
+    NotUnderDisk,
+    SnapdError,
+    StorageFailed,
+)
+from snapd_vm.methods import chain, clone, snapshotfolder, subvolume
+from snapd_vm.methods.folder import Hypervisor, check_links, open_folder
 from snapd_vm.methods.method import Stored
 from snapd_vm.methods.subvolume import Subvolume
-from snapd_vm.model import Disk, Domain, Tag, Target
+from snapd_vm.methods.subvolumetarget import SubvolumeTarget
+from snapd_vm.model import Disk, Domain, Needs, Tag, Target
+
+RESERVE = 1 << 20
+"""Bytes that must be free: a snapshot takes next to none, but what is overwritten then does."""
 
 _IMAGE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -103,6 +116,53 @@ def _open(disk: Disk, image: str) -> int:
     if fd != -1:
         os.close(fd)
     raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")
+
+
+def check(hypervisor: Hypervisor, disks: Sequence[SubvolumeTarget]) -> Needs:
+    """See Method.check. Raises NameInUse, NoSpace, Busy, MethodNotSupported and StorageFailed."""
+    subvolume.load()
+    available, warnings = list[int](), list[str]()
+    for one in disks:
+        check_links(hypervisor, one.declared, one.image)
+        there = snapshotfolder.check(one.place)
+        if os.path.lexists(os.path.join(one.place, one.folder)):
+            raise NameInUse(f"There is {one.place}/{one.folder} already; move it away.")
+        if storage.read_only(there):
+            raise StorageFailed(f"The folder {there} is read-only.")
+        available.append(storage.space_available(there))
+        if available[-1] < RESERVE * len(disks):
+            raise NoSpace(
+                f"The file system of {one.root} has {available[-1]} bytes left; what the guest "
+                "overwrites after the snapshot needs new room, so make some first."
+            )
+        if not one.active and storage.write_locked(one.image):
+            raise Busy(f"The image {one.image} is open for writing by another process.")
+        warnings += _warnings(hypervisor, one, available[-1])
+    warnings += [
+        f"The snapshot holds all else that is in the subvolume {root} too; what is removed or "
+        "overwritten there takes up its room until the snapshot is deleted."
+        for root in dict.fromkeys(one.root for one in disks)
+    ]
+    return Needs(RESERVE * len(disks), min(available), tuple(warnings))
+
+
+def _warnings(hypervisor: Hypervisor, one: SubvolumeTarget, available: int) -> Iterator[str]:
+    with open_folder(hypervisor, os.path.dirname(one.image)) as folder:
+        image = clone.open_image(folder, os.path.basename(one.image), one.identity)
+        try:
+            used, nocow = os.fstat(image).st_blocks * 512, clone.is_nocow(image)
+        finally:
+            os.close(image)
+    if nocow:
+        yield (
+            f"The image {one.image} is written in place (chattr +C); after a snapshot each of its "
+            "blocks is copied once all the same, when the guest overwrites it."
+        )
+    if available < used:
+        yield (
+            f"As the guest overwrites the image {one.image}, up to {used} bytes more are needed, "
+            f"and {available} are free; the guest stops when there are none."
+        )
 
 
 def _place(layer: Subvolume, snapshot_dir: str) -> str:

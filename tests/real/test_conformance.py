@@ -272,6 +272,19 @@ async def test_the_tool_is_missing(served: Lab, storage: Storage, connect: Conne
     assert sorted(storage.contents()) == before
 
 
+async def test_it_is_there_when_the_daemon_is_back(
+    served: Lab, service: Api, storage: Storage, connect: Connect
+) -> None:
+    created = await service.create(storage.guest, name="lasting", flags=QUIESCE_REQUIRED)
+    before = await service.properties(created.snapshot, SNAPSHOT)
+    served.daemon.restart()
+    again = await connect()
+    assert (await again.snapshots_of(storage.guest)) == {created.snapshot: before}
+    assert (before["State"], before["Consistency"]) == ("ready", "quiesced")
+    assert (await again.backup_source(created.snapshot)) == created.backup_source
+    await delete(again, created.snapshot)
+
+
 # -- killed --------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,8 @@ from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
 from tests.real.arrays import METHOD, NAME, Array, Plugin
 from tests.real.conftest import Connect
 
+PLACE = ".snapd-vm"
+"""The folder of a subvolume's snapshots, which goes with the last of them."""
 FAULTY = (sys.executable, "-m", "tests.real.faulty_daemon")
 
 
@@ -57,7 +59,8 @@ def files_of(guest: Guest) -> set[str]:
     folder = guest.disk().path.parent
     stem = guest.disk().path.stem
     ours = (stem, ".snapd-vm", "snapd-vm")
-    return {name for name in os.listdir(folder) if name.startswith(ours)}
+    found = {name for name in os.listdir(folder) if name.startswith(ours) and name != PLACE}
+    return found | {str(path.relative_to(folder)) for path in folder.glob(f"{PLACE}/*")}
 
 
 async def agrees(api: Api, guest: Guest, files_before: set[str], file_before: str) -> str:
@@ -107,6 +110,29 @@ async def agrees_reflink(
     return "snapshot"
 
 
+async def agrees_btrfs(api: Api, guest: Guest, files_before: set[str], file_before: str) -> str:
+    """The same where a read-only snapshot of the subvolume that the file is in stands."""
+    wait_until("the guest is thawed", lambda: not guest.agent_says_frozen(), 20)
+    guest.writes_go_on()
+    assert guest.state == "running"
+    assert active_file(guest) == active_file(guest, 2) == file_before
+    snapshots = await api.snapshots_of(guest)
+    new = files_of(guest) - files_before
+    if not snapshots:
+        assert not new
+        return "nothing"
+    ((path, told),) = snapshots.items()
+    assert told["State"] == "ready"
+    assert await api.call(path, SNAPSHOT, "GetModifiedDisk") == [""]
+    source = Path(etree.fromstring(await api.backup_source(path)).get("file") or "")
+    assert source.name == os.path.basename(file_before)
+    (folder,) = new
+    assert source.parent.parent == guest.disk().path.parent / folder
+    shown = run("btrfs", "property", "get", "-ts", source.parent, "ro")
+    assert shown.strip() == "ro=true"
+    return "snapshot"
+
+
 def unnamed(daemon: Daemon) -> list[str]:
     """Files without a name in folders of images that the daemon still has open."""
     links = []
@@ -140,7 +166,7 @@ class Subject:
         lab.daemon.start(self.config, argv=argv, env=self.env)
 
 
-@pytest.fixture(scope="module", params=["qemu", "reflink", "array"])
+@pytest.fixture(scope="module", params=["qemu", "reflink", "btrfs", "array"])
 def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
     """Each method in turn."""
     if request.param == "qemu":
@@ -153,10 +179,12 @@ def subject(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Subject]:
         yield copied(NAME, METHOD, running, Step.SWITCHED, Array.install(lab))
         running.remove()
         return
-    mounted = lab.block.mounted("xfs", 4096)
+    mounted = lab.block.mounted("xfs" if request.param == "reflink" else "btrfs", 4096)
     running = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
-    # Before its name is given, when it is read back, the clone goes with the daemon.
-    yield Subject("reflink", running, partial(agrees_reflink, lab.daemon), Step.READ_BACK)
+    if request.param == "btrfs":
+        yield Subject("btrfs", running, agrees_btrfs, Step.SWITCHED)
+    else:  # before its name is given, when it is read back, the clone goes with the daemon
+        yield Subject("reflink", running, partial(agrees_reflink, lab.daemon), Step.READ_BACK)
     running.remove()
     mounted.unmount()
 

@@ -36,8 +36,9 @@ from tests.real import images
 from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.arrays import Array
 from tests.real.places import file_of
+from tests.real.test_crash import PLACE
 
-METHODS = ("qemu", "reflink", "array")
+METHODS = ("qemu", "reflink", "btrfs", "array")
 ALL = float(os.environ.get("SNAPD_VM_MODEL_S") or (600 if os.environ.get("CI") else 60))
 SECONDS = ALL / len(METHODS)
 P = ParamSpec("P")
@@ -336,8 +337,13 @@ class Model(RuleBasedStateMachine):
         used = {str(self.guest.disk().path), file_of(self.guest)}
         for one in self.known:
             used.add(Created("", self.wait(self.api.backup_source(one.path))).file)
+        folder = self.guest.disk().path.parent
+        place = folder / PLACE  # of a subvolume's snapshots, which are told by their folders
+        used = {path if not path.startswith(f"{place}/") else str(place) for path in used}
         there = {path for folder in self.folders for path in folder.iterdir()}
         assert {str(path) for path in there} == used
+        if place.exists():
+            assert len(list(place.iterdir())) == len(self.known)
 
     @step
     def teardown(self) -> None:
@@ -374,7 +380,7 @@ def machine(daemon: Lab, scratch: Path, request: pytest.FixtureRequest) -> Itera
         yield Model
         Model.guest.remove()
         return
-    made = daemon.block.mounted("xfs", 800)
+    made = daemon.block.mounted("xfs" if Model.method == "reflink" else "btrfs", 800)
     Model.guest = daemon.guest([DiskSpec(format="raw", folder=made.path)])
     Model.folders = (made.path,)
     yield Model
