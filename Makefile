@@ -6,7 +6,7 @@ PREFIX    ?= /usr
 DESTDIR   ?=
 SYSCONFDIR ?= /etc
 # The interpreter of the installed command: the system's, as it has Debian's python3-dbus-next,
-# python3-libvirt, python3-lxml and python3-systemd.
+# python3-libvirt, python3-lxml, python3-systemd and, for method btrfs, python3-btrfsutil.
 INSTALL_PYTHON ?= /usr/bin/python3
 
 VENV := .venv
@@ -14,10 +14,12 @@ RUN  := $(VENV)/bin/python -m
 
 # Debian's packages, in this one place. To build and check; to run the lab, its guest and the tests;
 # and what `make bench` measures beside.
-BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev libsystemd-dev man-db groff-base
+BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev libsystemd-dev man-db groff-base \
+                  python3-btrfsutil
 LAB_PACKAGES   := libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
                   qemu-utils qemu-guest-agent busybox-static cpio polkitd dbus systemd libglib2.0-bin \
-                  e2fsprogs xfsprogs btrfs-progs
+                  e2fsprogs xfsprogs btrfs-progs ceph-mon ceph-osd ceph-mgr ceph-common \
+                  qemu-block-extra libvirt-daemon-driver-storage-rbd
 BENCH_PACKAGES := python3-dbus-next python3-libvirt python3-lxml python3-systemd \
                   libvirt-dbus snapper firewalld
 PACKAGES       := $(BUILD_PACKAGES) $(LAB_PACKAGES)
@@ -51,12 +53,16 @@ packages:
 
 venv: $(VENV)/.stamp
 
-# libvirt-python must be of the version that libvirt's headers here are of.
+# libvirt-python must be of the version that libvirt's headers here are of. That of libbtrfsutil is
+# Debian's own module, linked: the one for pip needs a newer library than Debian 12 has.
 $(VENV)/.stamp: pyproject.toml | packages
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[dev]' \
 	    "libvirt-python==$$(pkg-config --modversion libvirt)"
+	ln -sf /usr/lib/python3/dist-packages/btrfsutil.*.so $(VENV)/lib/python3.*/site-packages/
+	@$(VENV)/bin/python -c 'import btrfsutil' || \
+	    echo "python3-btrfsutil is not for this Python: method btrfs is missing, and its tests fail" >&2
 	touch $@
 
 check: $(VENV)/.stamp
@@ -65,12 +71,12 @@ check: $(VENV)/.stamp
 	$(RUN) mypy
 	$(RUN) pytest -q tests/test_files.py
 
-# Those with guests mostly wait for them, so two run at a time; those that measure are alone.
+# Those with guests mostly wait for them, so three run at a time; those that measure are alone.
 test: check packages
 	@status=0; set -x; \
 	$(RUN) pytest --ignore=tests/real || status=1; \
 	$(RUN) pytest tests/real -m 'not measures' \
-	    -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
+	    -n 3 --dist loadfile --no-loadscope-reorder || status=1; \
 	$(RUN) pytest tests/real -m measures || status=1; \
 	exit $$status
 
@@ -97,17 +103,24 @@ INSTALLED := \
     $(SHARE)/dbus-1/interfaces/org.example.DiskSnapshot.xml \
     $(SHARE)/polkit-1/actions/org.example.DiskSnapshot.policy \
     $(SHARE)/snapd-vm/diskSnapshot.rng \
+    $(SHARE)/snapd-vm/executable-method.schema.json \
     $(SHARE)/bash-completion/completions/snapd-vm \
     $(SHARE)/man/man1/snapd-vm.1 \
     $(SHARE)/man/man5/snapd-vm.toml.5 \
     $(DOCDIR)/README.md \
     $(DOCDIR)/CHANGELOG.md \
     $(DOCDIR)/LICENSE \
+    $(DOCDIR)/methods.md \
+    $(DOCDIR)/writing-a-method.md \
+    $(DOCDIR)/example-array/rbd-array \
+    $(DOCDIR)/example-method/README.md \
+    $(DOCDIR)/example-method/pyproject.toml \
+    $(DOCDIR)/example-method/snapd_vm_copy.py \
     $(DOCDIR)/examples/snapd-vm.toml \
     $(DOCDIR)/examples/50-snapd-vm-backup-operators.rules
 # The data folder of the package is a link to data/ here; installed, it holds the files themselves.
 MODULES := $(shell cd snapd_vm && find . -name '*.py' | sort)
-PACKAGE_DATA := $(notdir $(wildcard data/*.xml data/*.rng))
+PACKAGE_DATA := $(notdir $(wildcard data/*.xml data/*.rng data/*.json))
 
 install:
 	@test -n "$(MODULES)"
@@ -130,18 +143,24 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/dbus-1/system-services data/org.example.DiskSnapshot.service
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/dbus-1/interfaces data/org.example.DiskSnapshot.xml
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/polkit-1/actions polkit/org.example.DiskSnapshot.policy
-	install -D -m 644 -t $(DESTDIR)$(SHARE)/snapd-vm data/diskSnapshot.rng
+	install -D -m 644 -t $(DESTDIR)$(SHARE)/snapd-vm data/diskSnapshot.rng \
+	    data/executable-method.schema.json
 	install -D -m 644 data/snapd-vm.bash $(DESTDIR)$(SHARE)/bash-completion/completions/snapd-vm
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/man/man1 docs/snapd-vm.1
 	install -D -m 644 -t $(DESTDIR)$(SHARE)/man/man5 docs/snapd-vm.toml.5
-	install -D -m 644 -t $(DESTDIR)$(DOCDIR) README.md CHANGELOG.md LICENSE
+	install -D -m 644 -t $(DESTDIR)$(DOCDIR) README.md CHANGELOG.md LICENSE docs/methods.md \
+	    docs/writing-a-method.md
+	install -D -m 755 -t $(DESTDIR)$(DOCDIR)/example-array docs/example-array/rbd-array
+	install -D -m 644 -t $(DESTDIR)$(DOCDIR)/example-method docs/example-method/README.md \
+	    docs/example-method/pyproject.toml docs/example-method/snapd_vm_copy.py
 	install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples data/snapd-vm.toml \
 	    polkit/50-snapd-vm-backup-operators.rules
 
 uninstall:
 	rm -rf $(DESTDIR)$(LIBDIR)
 	rm -f $(addprefix $(DESTDIR),$(INSTALLED))
-	rmdir --ignore-fail-on-non-empty $(wildcard $(addprefix $(DESTDIR),$(DOCDIR)/examples $(DOCDIR) \
+	rmdir --ignore-fail-on-non-empty $(wildcard $(addprefix $(DESTDIR),$(DOCDIR)/examples $(DOCDIR)/example-array \
+	    $(DOCDIR)/example-method $(DOCDIR) \
 	    $(SHARE)/snapd-vm $(SYSCONFDIR)/snapd-vm)) 2>/dev/null || true
 
 clean:

@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
     # For the shell completion; without a help it is not listed, and it is no promise.
     sub = commands.add_parser("complete")
-    sub.add_argument("what", choices=("domains", "disks", "snapshots"))
+    sub.add_argument("what", choices=("domains", "disks", "snapshots", "methods"))
     sub.add_argument("domain", nargs="?", default="")
     return top
 

@@ -145,6 +145,8 @@ async def _complete(service: Service, options: argparse.Namespace) -> str:
         words = [disk["target"] for disk in disks]
     elif options.what == "snapshots":
         words = [cli_snapshots.word(r) for r in cli_snapshots.records(await service.objects())]
+    elif options.what == "methods":
+        words = (await service.properties(cli_bus.ROOT, cli_bus.MANAGER))["Methods"]
     else:
         words = [
             interfaces[cli_bus.DOMAIN]["Name"]

@@ -9,16 +9,28 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from snapd_vm.configvalues import ConfigError
+from snapd_vm.configvalues import absolute as _absolute
+from snapd_vm.configvalues import number as _number
+from snapd_vm.outsideconfig import ExecutableConfig, PluginsConfig, executables, plugins
+
+__all__ = [
+    "BtrfsConfig",
+    "Config",
+    "ConfigError",
+    "ExecutableConfig",
+    "PluginsConfig",
+    "QemuConfig",
+    "load",
+    "parse",
+]
+
 DEFAULT_PATH = Path("/etc/snapd-vm/snapd-vm.toml")
 
 _LONGEST_CHAIN = 200
 """The most that libvirt itself loads (QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH)."""
 _MOST_SNAPSHOTS = 10_000
 _FASTEST_MIB_S = 1 << 20
-
-
-class ConfigError(Exception):
-    """The configuration can't be used; the message names the file and the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,17 @@ class QemuConfig:
 
     overlay_dirs: tuple[str, ...] = ()
     commit_bandwidth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BtrfsConfig:
+    """The table `[btrfs]`.
+
+    `snapshot_dir`: the folder that snapshots of subvolumes of its file system are made in; '': the
+    folder `.snapd-vm` in the root of each.
+    """
+
+    snapshot_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +81,10 @@ class Config:
     snapshot_limit: int = 16
     chain_limit: int = 16
     low_space_percent: int = 10
+    executable: tuple[ExecutableConfig, ...] = ()
     qemu: QemuConfig = field(default_factory=QemuConfig)
+    plugins: PluginsConfig = field(default_factory=PluginsConfig)
+    btrfs: BtrfsConfig = field(default_factory=BtrfsConfig)
 
 
 def load(path: Path | None) -> Config:
@@ -96,6 +122,8 @@ def parse(document: Mapping[str, object]) -> Config:
             if not isinstance(value, dict):
                 raise ConfigError(f"'{key}' must be a table")
             values[key] = _TABLES[key](value)
+        elif key == "executable":
+            values[key] = executables(value)
         elif key == "uri":
             values[key] = _uri(value)
         elif key == "state_dir":
@@ -109,7 +137,12 @@ def parse(document: Mapping[str, object]) -> Config:
         else:
             # libvirt's response timeout counts in whole seconds (virDomainAgentSetResponseTimeout).
             values[key] = _number(key, value, 1, 3600, " of seconds")
-    return Config(**values)  # type: ignore[arg-type]  # each value was checked under its key above
+    config = Config(**values)  # type: ignore[arg-type]  # each value was checked under its key
+    names = [*config.plugins.methods, *(one.name for one in config.executable)]
+    twice = next((name for name in names if names.count(name) > 1), "")
+    if twice:
+        raise ConfigError(f"the method '{twice}' is there twice; give each a name of its own")
+    return config
 
 
 def _qemu(table: Mapping[str, object]) -> QemuConfig:
@@ -127,7 +160,19 @@ def _qemu(table: Mapping[str, object]) -> QemuConfig:
     return QemuConfig(**values)
 
 
-_TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {"qemu": _qemu}
+def _btrfs(table: Mapping[str, object]) -> BtrfsConfig:
+    for key in table:
+        if key != "snapshot_dir":
+            raise ConfigError(f"unknown key 'btrfs.{key}'")
+    path = table.get("snapshot_dir", "")
+    return BtrfsConfig("" if path == "" else _absolute("btrfs.snapshot_dir", path))
+
+
+_TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {
+    "qemu": _qemu,
+    "btrfs": _btrfs,
+    "plugins": plugins,
+}
 """What reads the table of each method that has one."""
 
 
@@ -137,16 +182,4 @@ def _uri(value: object) -> str:
     if urlsplit(value).netloc:
         # Overlays are made and headers read here, so the domains must be here as well.
         raise ConfigError("'uri' must name the libvirt of this host, without a host name")
-    return value
-
-
-def _absolute(key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ConfigError(f"'{key}' must be an absolute path")
-    return value
-
-
-def _number(key: str, value: object, least: int, most: int, unit: str = "") -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigError(f"'{key}' must be a whole number{unit} from {least} to {most}")
     return value

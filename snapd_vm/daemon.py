@@ -19,14 +19,16 @@ from pathlib import Path
 from snapd_vm import __version__, config, journald
 from snapd_vm.bus.remote import CallFailed, ConnectionLost, NameTaken
 from snapd_vm.bus.served import DiskSnapshotBus
-from snapd_vm.config import Config
+from snapd_vm.config import Config, ConfigError
 from snapd_vm.engine import recovery
 from snapd_vm.engine.engine import Engine
 from snapd_vm.engine.journal import AnyStep, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
+from snapd_vm.methods.btrfs import Btrfs
 from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu import Qemu
+from snapd_vm.methods.rbd import Rbd
 from snapd_vm.methods.reflink import Reflink
 from snapd_vm.virt.connection import ConnectionPool, start_event_loop
 from snapd_vm.virt.hypervisor import Hypervisor
@@ -48,12 +50,33 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
     """The methods of this daemon, in the order in which a default is looked for."""
     table = settings.qemu
     in_order: Sequence[Method] = (
+        Rbd(hypervisor, settings.frozen_limit_s, settings.low_space_percent),
+        Btrfs(hypervisor, settings.btrfs.snapshot_dir, settings.low_space_percent),
         Reflink(hypervisor, settings.low_space_percent),
         Qemu(
             hypervisor, table.overlay_dirs, table.commit_bandwidth << 20, settings.low_space_percent
         ),
     )
     return {method.name: method for method in in_order}
+
+
+def all_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method]:
+    """Those, and what the configuration brings in: first what is a default, or it would be none.
+
+    Raises ConfigError.
+    """
+    table = built_in_methods(settings, hypervisor)
+    if not settings.plugins.methods and not settings.executable:
+        return table
+    from snapd_vm import schemas
+    from snapd_vm.methods import outside
+    from snapd_vm.methods.method import OnRequest
+
+    first, last = dict[str, Method](), dict[str, Method]()
+    for method in outside.load(settings, hypervisor, schemas.register):
+        asked: object = method
+        (last if isinstance(asked, OnRequest) and asked.on_request else first)[method.name] = method
+    return {**first, **table, **last}
 
 
 def run(config_path: str | None) -> int:
@@ -94,15 +117,19 @@ def _leave_hung_threads(status: int) -> None:
 async def serve(
     settings: Config,
     journal: Journal,
-    methods: MethodTable = built_in_methods,
+    methods: MethodTable = all_methods,
     reach: Callable[[AnyStep], None] = lambda _step: None,
 ) -> int:
     """Serve until told to end; the exit status. `reach` is told of every step of a Create."""
-    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)
     pool = ConnectionPool(settings.uri)
     hypervisor = Hypervisor(pool)
+    try:
+        table = methods(settings, hypervisor)
+    except ConfigError as error:
+        log.critical("%s", error)
+        return 1
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_THREAD_NAME)
     beside = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"{_THREAD_NAME}-beside")
-    table = methods(settings, hypervisor)
     world = World(settings, hypervisor, table, journal, executor, beside, reach)
     engine = Engine(world, settings.uri)
     stop = asyncio.Event()

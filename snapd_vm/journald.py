@@ -59,6 +59,8 @@ class _Journal(logging.Handler):
         try:
             given: dict[str, Any] = dict(getattr(record, "fields", {}))
             text = self.format(record)
+            # Else the lines would be the interpreter's: "python3", by the name of the process.
+            given["SYSLOG_IDENTIFIER"] = "snapd-vm"
             send(text, PRIORITY=_priority(record.levelno), LOGGER=record.name, **given)
         except Exception:
             self.handleError(record)

@@ -23,6 +23,7 @@ class Kind(StrEnum):
 
     OVERLAY = "overlay"
     CLONE = "clone"
+    SUBVOLUME = "subvolume"  # the folder that a read-only snapshot of a subvolume is in
 
 
 def put(fd: int, kind: Kind, tag: Tag) -> bool:

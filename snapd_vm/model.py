@@ -20,6 +20,12 @@ Result: TypeAlias = Mapping[str, str | Sequence[str]]
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
+BUILT_IN_METHODS = frozenset({"qemu", "lvm", "btrfs", "zfs", "reflink", "rbd"})
+"""The names of the contract's own methods, whether they are there or not."""
+
+RESERVED_METHODS = BUILT_IN_METHODS | {"backup"}
+"""The names that a method from outside can't have."""
+
 
 class Flags(IntFlag):
     """The flags of Create, Plan and CreateSet."""
@@ -135,17 +141,20 @@ class MethodRequest:
     """A `<diskSnapshot>` that passed the schema.
 
     `options` are its details flattened: `overlay` (file), `device` (path), `size` (bytes, as text),
-    `subvolume` (path), `dataset` (name), `image` ("pool/name"). `names_place` is true where it
-    names an overlay or a layer, which needs the action `configure` besides `create`.
+    `subvolume` (path), `dataset` (name), `image` ("pool/name"). Those of a method from `outside`
+    are the attributes of its elements ("volume/@name") and their text ("volume"). `names_place` is
+    true where it names an overlay or a layer, which needs the action `configure` besides `create`;
+    what an element of a method from outside names nobody here knows, so it counts as a place.
     """
 
     method: str
     options: Mapping[str, str] = field(default_factory=dict)
+    outside: bool = False
 
     @property
     def names_place(self) -> bool:
-        """Whether it names an overlay or a layer."""
-        return any(key != "size" for key in self.options)
+        """Whether it names an overlay or a layer, or may do so."""
+        return any(self.outside or key != "size" for key in self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +198,18 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """What names a snapshot on its storage and in its metadata."""
+    """What names a snapshot on its storage and in its metadata.
+
+    `operation` is the UUID of the Create that takes it, which is that of its first snapshot; '' of
+    a snapshot that is on record.
+    """
 
     uuid: str
     label: str
     domain_uuid: str
     domain_name: str
     created_us: int
+    operation: str = ""
 
     @property
     def storage_name(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from snapd_vm.errors import StorageFailed
 
+_HOST_PIDS = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: the first PID namespace
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -18,7 +19,8 @@ class Mount:
 
     `device` is st_dev as the table has it, which for btrfs is not that of its files. `root` is what
     of the file system is mounted at `point`: a folder of it, or a subvolume. `options` are those of
-    the mount, then those of the file system.
+    the mount, then those of the file system. `propagates`: mounts below it come from, or go to,
+    other mount namespaces (mount_namespaces(7), shared subtrees).
     """
 
     id: int
@@ -28,6 +30,7 @@ class Mount:
     type: str
     source: str
     options: tuple[str, ...]
+    propagates: bool = False
 
 
 def table() -> tuple[Mount, ...]:
@@ -57,7 +60,7 @@ def mount_of(fd: int) -> Mount:
 
 def _mount(line: str) -> Mount:
     before, _, after = line.partition(" - ")
-    number, _, device, root, point, options, *_ = before.split(" ")
+    number, _, device, root, point, options, *optional = before.split(" ")
     kind, source, super_options = after.split(" ")[:3]
     major, minor = device.split(":")
     return Mount(
@@ -68,7 +71,18 @@ def _mount(line: str) -> Mount:
         kind,
         _plain(source),
         (*options.split(","), *super_options.split(",")),
+        any(field.startswith(("shared:", "master:")) for field in optional),
     )
+
+
+def in_host() -> bool:
+    """Whether the mounts that the daemon sees are the very table of the host's, not a copy."""
+    try:
+        if os.stat("/proc/self/ns/pid").st_ino != _HOST_PIDS:
+            return False
+        return os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino
+    except OSError:
+        return False
 
 
 def _plain(text: str) -> str:

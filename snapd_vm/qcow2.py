@@ -26,6 +26,7 @@ _HEADER_LENGTH = 104
 _CLUSTER = 1 << 16
 _PER_L1_ENTRY = _CLUSTER * (_CLUSTER // 8)  # bytes that one L2 table maps
 _LONGEST_NAME = 1023
+_EXTERNAL_DATA = 1 << 2  # of the incompatible features
 
 
 class NotQcow2(Exception):
@@ -34,12 +35,16 @@ class NotQcow2(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says: virtual `size` in bytes, the backing file as written there, or ''."""
+    """What a header says: virtual `size` in bytes, the backing file as written there, or ''.
+
+    `external_data`: the guest's data are in a file of their own.
+    """
 
     size: int
     backing_file: str
     backing_format: str
     encrypted: bool
+    external_data: bool = False
 
 
 def new_size(size: int) -> int:
@@ -96,7 +101,14 @@ def read_header(fd: int) -> Header:
     if len(backing) != (length if offset else 0):
         raise NotQcow2("a backing file name that lies outside of the file")
     start = struct.unpack_from(">I", block, 100)[0] if version == 3 else 72
-    return Header(size, os.fsdecode(backing), _backing_format(block, start), crypt != 0)
+    features = struct.unpack_from(">Q", block, 72)[0] if version == 3 else 0
+    return Header(
+        size,
+        os.fsdecode(backing),
+        _backing_format(block, start),
+        crypt != 0,
+        bool(features & _EXTERNAL_DATA),
+    )
 
 
 def internal_snapshots(path: str) -> int:

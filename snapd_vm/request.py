@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 
 from lxml import etree
 
-from snapd_vm.errors import InvalidArgs, InvalidName, InvalidXML, MethodUnknown
+from snapd_vm import schemas
+from snapd_vm.errors import InvalidArgs, InvalidName, InvalidXML
 from snapd_vm.model import NAMESPACE, DiskRequest, Flags, MethodRequest, Request
-from snapd_vm.safexml import place, read, shown
-
-KNOWN_METHODS = frozenset({"qemu", "lvm", "btrfs", "zfs", "reflink", "rbd"})
-"""The methods whose form `data/diskSnapshot.rng` describes; each is a definition there."""
+from snapd_vm.safexml import place, read
 
 LONGEST_TEXT = 4096
 """Longest path or source attribute, in bytes: Linux's PATH_MAX."""
@@ -30,7 +26,6 @@ SOURCE_ATTRIBUTES = ("file", "dev", "dir", "protocol", "name", "pool", "volume")
 _MOST_DISKS = 128
 """Of a CreateSet: reading each takes a millisecond, before anybody has said that the caller may."""
 
-_RNG = "{http://relaxng.org/ns/structure/1.0}"
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 _TARGET = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -185,49 +180,14 @@ def _source(disk: etree._Element) -> Mapping[str, str]:
     return said
 
 
-@cache
-def _grammar() -> bytes:
-    return (Path(__file__).parent / "data" / "diskSnapshot.rng").read_bytes()
-
-
-def _schema(method: str) -> etree.RelaxNG:
-    """The schema for this method alone.
-
-    With a choice of all the methods libxml2 complains of the method's attribute, whatever is wrong.
-    Made anew each time: it has an error log, and must be of the thread that uses it.
-    """
-    grammar = etree.fromstring(_grammar())
-    start = grammar.find(f"{_RNG}start")
-    if start is None:
-        raise AssertionError("the schema has no start")
-    del start[:]
-    etree.SubElement(start, f"{_RNG}ref", name=method)
-    return etree.RelaxNG(grammar)
-
-
 def _method(element: etree._Element) -> MethodRequest:
     method = element.get("method")
     if method is None or not _METHOD.fullmatch(method):
         raise InvalidXML(f"The method must be a name such as qemu ({place(element)}).")
-    if method not in KNOWN_METHODS:
-        raise MethodUnknown(f"There is no method {method}; Methods on the bus lists what there is.")
-    schema = _schema(method)
-    if not schema.validate(element):
-        raise InvalidXML(_complaint(schema, element))
+    schemas.check(method, element)
+    if schemas.is_outside(method):
+        return MethodRequest(method, _flattened(element), outside=True)
     return MethodRequest(method, dict(map(_option, element)))
-
-
-def _complaint(schema: etree.RelaxNG, element: etree._Element) -> str:
-    """One sentence on what the schema does not allow, with its line and element."""
-    method = element.get("method")
-    log = [entry for entry in schema.error_log if entry.line]
-    if not log:
-        return f"The method {method} does not allow that ({place(element)})."
-    name = (log[0].path or "").rpartition("/")[2].partition("[")[0] or "diskSnapshot"
-    return (
-        f"The method {method} does not allow that (line {log[0].line}, element <{shown(name)}>: "
-        f"{shown(log[0].message)})."
-    )
 
 
 def _option(element: etree._Element) -> tuple[str, str]:
@@ -245,6 +205,22 @@ def _option(element: etree._Element) -> tuple[str, str]:
             return "image", _parts(f"{element.get('pool')}/{element.get('name')}", element)
         case _:
             return "size", str(_bytes(element))
+
+
+def _flattened(element: etree._Element) -> Mapping[str, str]:
+    """What the elements of a method from outside say, each of a name of its own and without others
+    in it: its attributes as "element/@attribute", its text, if any, as "element".
+    """
+    found: dict[str, str] = {}
+    for child in element:
+        name = str(child.tag)
+        _one(element, name)
+        text = _sound(_text(child).strip(), child)
+        said = {name + "/@" + str(key): _sound(str(v), child) for key, v in child.attrib.items()}
+        if text or not said:
+            said[name] = text
+        found |= said
+    return found
 
 
 def _path(element: etree._Element, attribute: str) -> str:

@@ -93,7 +93,12 @@ def virtual_size(path: str, image_format: str) -> int:
 
 
 @contextmanager
-def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -> Iterator[int]:
+def open_folder(
+    folder: str,
+    owners: Collection[int],
+    groups: Collection[int],
+    advice: str = "use method qemu with an overlay in a folder of qemu.overlay_dirs",
+) -> Iterator[int]:
     """A descriptor of `folder`, reached without a symlink, in which only `owners` can write.
 
     The folder's real path is walked from the root, one component at a time, each opened with
@@ -116,9 +121,9 @@ def open_folder(folder: str, owners: Collection[int], groups: Collection[int]) -
             fd = inner
             last = index == len(parts) - 1
             if not _kept(fd, owners, groups, last):
+                who = "root and QEMU's user" if set(owners) - {0} else "root"
                 raise MethodNotSupported(
-                    f"The folder {folder} can be changed by others than root and QEMU's user; "
-                    "use method qemu with an overlay in a folder of qemu.overlay_dirs."
+                    f"The folder {folder} can be changed by others than {who}; {advice}."
                 )
         yield fd
     finally:
@@ -244,6 +249,33 @@ def reader_of(path: str, uuid: str) -> str:
                 continue
             return f"{(process / 'comm').read_text().strip()} (process {process.name})"
     return ""
+
+
+def reader_in(device: int) -> str:
+    """Who has a file open, or a folder in use, on this device (st_dev), in words; '': nobody.
+
+    The device is that of a whole file system, or of a subvolume. See `reader_of`.
+    """
+    for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if os.stat(loop.read_text().rstrip("\n")).st_dev == device:
+                return f"the loop device {loop.parent.parent.name}"
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name != str(os.getpid()) and _is_in(process, device):
+            with contextlib.suppress(OSError):
+                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+    return ""
+
+
+def _is_in(process: Path, device: int) -> bool:
+    places = [str(process / "cwd"), str(process / "root")]
+    with contextlib.suppress(OSError), os.scandir(process / "fd") as entries:
+        places += [entry.path for entry in entries]
+    for place in places:
+        with contextlib.suppress(OSError):  # it has ended, or it is none of ours to look at
+            if os.stat(place).st_dev == device:
+                return True
+    return False
 
 
 def _has_open(process: Path, wanted: FileId) -> bool:

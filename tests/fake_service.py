@@ -249,7 +249,7 @@ class FakeService:
 
     def _get_all(self, call: Message) -> Message:
         values: dict[str, Any] = {
-            NAME + ".Manager": {"Methods": Variant("as", ["qemu"])},
+            NAME + ".Manager": {"Methods": Variant("as", ["qemu", "vendor"])},
             NAME + ".Domain": self._domain(),
             NAME + ".Snapshot": snapshot_properties(),
         }.get(call.body[0], {})

@@ -256,8 +256,8 @@ def test_the_stored_method(bus: str, service: FakeService) -> None:
 
 
 def test_methods(bus: str, service: FakeService) -> None:
-    assert done(snapd_vm(bus, "methods")) == "METHOD\nqemu\n"
-    assert json.loads(done(snapd_vm(bus, "methods", "--json"))) == ["qemu"]
+    assert done(snapd_vm(bus, "methods")) == "METHOD\nqemu\nvendor\n"
+    assert json.loads(done(snapd_vm(bus, "methods", "--json"))) == ["qemu", "vendor"]
 
 
 def test_a_failure_is_the_services_own_sentence(bus: str, service: FakeService) -> None:
@@ -414,7 +414,8 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert "complete" not in offered("")
     assert offered("create", "--q") == ["--quiesce-required"]
     assert offered("create", "--method", "q") == ["qemu"]
-    assert offered("create", "--method", "r") == ["reflink"]
+    assert offered("create", "--method", "r") == ["rbd", "reflink"]
+    assert offered("create", "--method", "v") == ["vendor"]
     assert offered("create", "w") == ["web"]
     assert offered("create", "--name", "n", "w") == ["web"]
     assert offered("create", "--json", "web", "v") == ["vda"]

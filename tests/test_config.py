@@ -15,6 +15,8 @@ def test_what_is_not_said_has_its_default() -> None:
     found = config.parse({"snapshot_limit": 3, "qemu": {"overlay_dirs": ["/a"]}})
     assert (found.snapshot_limit, found.chain_limit) == (3, 16)
     assert found.qemu.overlay_dirs == ("/a",)
+    assert config.parse({"btrfs": {"snapshot_dir": "/a"}}).btrfs.snapshot_dir == "/a"
+    assert config.parse({"btrfs": {"snapshot_dir": ""}}) == Config()
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,10 @@ def test_what_is_not_said_has_its_default() -> None:
         ({"chain_limit": "16"}, "'chain_limit' must be a whole number from 1 to 200"),
         ({"qemu": {"commit_bandwidth": -1}}, "'qemu.commit_bandwidth' must be a whole number of"),
         ({"qemu": {"commit_bandwidth": 1.5}}, "'qemu.commit_bandwidth' must be a whole number of"),
+        ({"btrfs": {"snapshot_dir": "kept"}}, "'btrfs.snapshot_dir' must be an absolute path"),
+        ({"btrfs": {"snapshot_dir": ["/a"]}}, "'btrfs.snapshot_dir' must be an absolute path"),
+        ({"btrfs": {"snapshot_dirs": "/a"}}, "unknown key 'btrfs.snapshot_dirs'"),
+        ({"btrfs": "/a"}, "'btrfs' must be a table"),
         ({"low_space_percent": 100}, "'low_space_percent' must be a whole number"),
         ({"lock_timeout_s": 0}, "'lock_timeout_s' must be a whole number of seconds from 1"),
         ({"qemu": {"overlay_dirs": "/a"}}, "'qemu.overlay_dirs' must be a list of absolute"),

@@ -223,7 +223,12 @@ class TestDisk:
         [
             (("file", "/pool/a&b"), "file", "/pool/a&b", '<source file="/pool/a&amp;b"/>'),
             (("block", "/dev/vg/v"), "block", "/dev/vg/v", '<source dev="/dev/vg/v"/>'),
-            (("network", "rbd/v"), "volume", "", '<source pool="p" volume="v"/>'),
+            (
+                ("network", "<source protocol='rbd' name='rbd/v'><host name='h'/></source>"),
+                "network",
+                "",
+                '<source protocol="rbd" name="rbd/v"><host name="h"/></source>',
+            ),
             (None, "volume", "", '<source pool="p" volume="v"/>'),
         ],
     )

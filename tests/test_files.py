@@ -121,13 +121,21 @@ def test_the_sample_configuration_shows_every_key_with_its_default() -> None:
     said = tomllib.loads(re.sub(r"^#(?=[\w\[])", "", sample, flags=re.MULTILINE))
     assert configuration.parse(said) == configuration.Config()
     assert set(said) == set(configuration.Config.__dataclass_fields__)
+    assert said["plugins"] == {"methods": []}
     assert set(said["qemu"]) == set(configuration.QemuConfig.__dataclass_fields__)
 
 
 def test_the_manual_of_the_configuration_has_every_key() -> None:
     text = (ROOT / "docs/snapd-vm.toml.5").read_text()
-    for table in (configuration.Config, configuration.QemuConfig):
+    for table in (
+        configuration.Config,
+        configuration.QemuConfig,
+        configuration.PluginsConfig,
+        configuration.ExecutableConfig,
+    ):
         for key in table.__dataclass_fields__:
+            if key == "options":  # tables named by the methods
+                continue
             assert re.search(rf"^\.(B|SS) \[?{key}\]?$", text, re.MULTILINE), key
 
 
@@ -158,7 +166,8 @@ def test_scripts_are_valid_bash() -> None:
 
 
 def test_no_link_in_the_documents_is_dead() -> None:
-    for document in ("README.md", "docs/ARCHITECTURE.md"):
+    documents = ("README.md", "docs/ARCHITECTURE.md", "docs/writing-a-method.md")
+    for document in (*documents, "docs/example-method/README.md"):
         path = ROOT / document
         for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / link).exists(), f"{document}: {link}"

@@ -12,15 +12,27 @@ ALLOWED = {  # what each part may import besides itself
     "model": {"errors"},
     "journald": LOWEST,
     "command": LOWEST,
-    "config": LOWEST,
+    "configvalues": LOWEST,
+    "outsideconfig": LOWEST | {"configvalues"},
+    "config": LOWEST | {"configvalues", "outsideconfig"},
     "qcow2": LOWEST,
     "safexml": LOWEST,
-    "request": LOWEST | {"safexml"},
+    "schemas": LOWEST | {"safexml"},
+    "request": LOWEST | {"safexml", "schemas"},
     "mark": LOWEST,
     "mounts": LOWEST,
     "storage": LOWEST | {"qcow2", "command"},
 }
-ALLOWED["virt"] = LOWEST | {"command", "config", "mark", "mounts", "qcow2", "safexml", "storage"}
+ALLOWED["virt"] = LOWEST | {
+    "command",
+    "config",
+    "outsideconfig",
+    "mark",
+    "mounts",
+    "qcow2",
+    "safexml",
+    "storage",
+}
 ALLOWED["methods"] = ALLOWED["virt"]
 ALLOWED["engine"] = {*ALLOWED["virt"], "virt", "methods", "journald", "request"}
 ALLOWED["bus"] = LOWEST | {"engine", "request", "safexml"}

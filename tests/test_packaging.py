@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from lxml import etree
 
 from snapd_vm import __version__, daemon
+from tests import readme
 from tests.fake_service import FakeService
 from tests.lab import DiskSpec, Guest, Lab
 
@@ -36,6 +36,11 @@ FILES = {
     f"{SHARE}/dbus-1/interfaces/{NAME}.xml": 0o644,
     f"{SHARE}/polkit-1/actions/{NAME}.policy": 0o644,
     f"{SHARE}/snapd-vm/diskSnapshot.rng": 0o644,
+    "usr/lib/snapd-vm/snapd_vm/data/executable-method.schema.json": 0o644,
+    f"{SHARE}/snapd-vm/executable-method.schema.json": 0o644,
+    f"{SHARE}/doc/snapd-vm/writing-a-method.md": 0o644,
+    f"{SHARE}/doc/snapd-vm/example-array/rbd-array": 0o755,
+    f"{SHARE}/doc/snapd-vm/example-method/snapd_vm_copy.py": 0o644,
     f"{SHARE}/bash-completion/completions/snapd-vm": 0o644,
     f"{SHARE}/man/man1/snapd-vm.1": 0o644,
     f"{SHARE}/man/man5/snapd-vm.toml.5": 0o644,
@@ -88,7 +93,7 @@ def test_every_file_lands_as_a_file_with_its_mode(installed: Path) -> None:
 
 def test_the_whole_package_lands_and_nothing_else(installed: Path) -> None:
     def sources(folder: Path) -> set[str]:
-        kinds = {".py", ".xml", ".rng"}
+        kinds = {".py", ".xml", ".rng", ".json"}
         found = (
             Path(root) / n for root, _, names in os.walk(folder, followlinks=True) for n in names
         )
@@ -173,7 +178,7 @@ def test_a_build_carries_the_data_files(tmp_path: Path) -> None:
         cwd=source,
     )
     built = tmp_path / "build/lib/snapd_vm"
-    for name in (f"{NAME}.xml", "diskSnapshot.rng"):
+    for name in (f"{NAME}.xml", "diskSnapshot.rng", "executable-method.schema.json"):
         assert (built / "data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
     modules = {
         str(path.relative_to(ROOT / "snapd_vm")) for path in (ROOT / "snapd_vm").rglob("*.py")
@@ -189,16 +194,9 @@ def bus() -> Iterator[str]:
         yield lab.address
 
 
-def readme_examples() -> str:
-    """The examples of the README that say of themselves that they are tested, in their order."""
-    blocks = re.findall(r"<!-- tested -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 5
-    return "".join(blocks)
-
-
 def test_the_examples_of_the_readme_are_calls_that_a_service_gets(bus: str) -> None:
     with FakeService(bus) as service:
-        shown = run("bash", "-euc", readme_examples(), env={"DBUS_SYSTEM_BUS_ADDRESS": bus})
+        shown = run("bash", "-euc", readme.examples(), env={"DBUS_SYSTEM_BUS_ADDRESS": bus})
         assert [call.body for call in service.calls if call.member == "Create"] == [
             ["<disk><target dev='vda'/></disk>", "", "nightly", 1],
             [
@@ -225,8 +223,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Gues
     make("install", folder, INSTALL_PYTHON=sys.executable)
     unit, command = (folder / path for path in (UNIT, "usr/bin/snapd-vm"))
     with Lab() as lab:
-        cloning = lab.block.mounted("xfs")
-        guest = lab.guest([DiskSpec(), DiskSpec(format="raw", folder=cloning.path)], name="web")
+        folders = [lab.block.mounted(filesystem).path for filesystem in ("xfs", "btrfs")]
+        below = [DiskSpec(format="raw", size_mib=16, folder=folder) for folder in folders]
+        guest = lab.guest([DiskSpec(), *below], name="web")
         lab.daemon.start(argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
         yield lab, guest, command
         lab.daemon.stop()
@@ -325,6 +324,18 @@ def test_confined_it_clones_and_goes_back_too(served: tuple[Lab, Guest, Path]) -
     assert not clone.exists()
 
 
+def test_confined_it_snapshots_a_subvolume_too(served: tuple[Lab, Guest, Path]) -> None:
+    lab, guest, command = served
+    made = lab.as_user(None, [command, "create", guest.name, "vdc", "--name", "held", "--json"])
+    assert made.returncode == 0, made.stderr + lab.daemon.log
+    assert json.loads(made.stdout)["method"] == "btrfs"
+    (folder,) = guest.disk("vdc").path.parent.glob(".snapd-vm/*")
+    assert "trusted.snapd-vm" in os.listxattr(folder)
+    gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdc/held"])
+    assert gone.returncode == 0, gone.stderr + lab.daemon.log
+    assert not folder.parent.exists()
+
+
 def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:
     lab, guest, command = served
 
@@ -333,7 +344,7 @@ def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Gues
         return {snapshot["name"] for snapshot in json.loads(answer.stdout)}
 
     before = names()
-    examples = readme_examples().replace("web", guest.name)
+    examples = readme.examples().replace("web", guest.name)
     shown = lab.as_user(None, ["bash", "-euc", examples], 120)
     assert shown.returncode == 0, shown.stderr
     made = before | {"nightly", "weekly"}

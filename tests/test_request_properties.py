@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape, quoteattr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from snapd_vm import request
+from snapd_vm import request, schemas
 from snapd_vm.errors import SnapdError
 from snapd_vm.model import Request
 
@@ -91,7 +91,7 @@ def test_any_method_xml(xml: str) -> None:
         assert (method is None) == (xml == "")
         if method is None:
             continue
-        assert method.method in request.KNOWN_METHODS
+        assert method.method in schemas.KNOWN_METHODS
         for key in ("overlay", "device", "subvolume"):
             path = method.options.get(key, "/")
             assert path.startswith("/")

@@ -113,9 +113,10 @@ def choose(
         raise InvalidArgs(f"Disk {twice} is named more than once; name it once.")
     created_us = int(time.time() * 1e6)
     label = _label(requests[0].name, targets, known, created_us)
+    own_uuids = [str(uuids.uuid4()) for _ in disks]
     choices = []
-    for disk, request in zip(disks, requests, strict=True):
-        tag = Tag(str(uuids.uuid4()), label, domain.uuid, domain.name, created_us)
+    for disk, request, own_uuid in zip(disks, requests, own_uuids, strict=True):
+        tag = Tag(own_uuid, label, domain.uuid, domain.name, created_us, own_uuids[0])
         method, target, _ = select.choose_method(world.methods, domain, disk, request, tag)
         own = tuple(one for one in known if one.target.disk == disk.target)
         choices.append(Choice(disk, method, target, tag, own))

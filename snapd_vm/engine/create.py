@@ -217,10 +217,15 @@ def _read_back(
             raise StorageFailed("The snapshot was taken and is not there; see the daemon's log.")
         disk = now.disk(choice.disk.target)
         changed = disk if choice.method.redirects else None
-        if changed is None and (disk is None or disk.path != choice.disk.path):
+        if changed is None and (disk is None or _place(disk) != _place(choice.disk)):
             raise Busy("The disk was given another image by somebody else meanwhile; try again.")
         snapshots.append(finish(draft, consistency, changed, frozen))
     return snapshots
+
+
+def _place(disk: Disk) -> tuple[str, str]:
+    """Where a disk's image is: its path, or of one over the network the source."""
+    return disk.path, "" if disk.path else disk.source_xml
 
 
 def finish(

@@ -48,17 +48,17 @@ def begin(
     asks.
     """
     tag = tag_of(snapshot)
-    method = world.methods[snapshot.target.method]
+    method = world.method(snapshot.target.method)
     if snapshot.state in (SnapshotState.DELETING, SnapshotState.REVERTING):
         raise Busy(f"The snapshot is {snapshot.state}; wait for its end.")
     standing = standing_of(method, snapshot.target, _now(world, domains, snapshot.domain_uuid))
     state = SnapshotState(standing.state)
-    if state is SnapshotState.FAILED and not standing.released:
+    if state is SnapshotState.FAILED and not (standing.released or standing.removable):
         raise InvalidState(
             "A domain's definition names the image that the snapshot is; correct it first, or move "
             "the overlay away, if there is one and all that it holds is in that image."
         )
-    dropped = state is not SnapshotState.READY
+    dropped = state is not SnapshotState.READY and not standing.removable
     # A delete that goes on after a restart finds here that there is nothing to do.
     snapshot = dataclasses.replace(
         snapshot, state=SnapshotState.DETACHED if standing.released else state
@@ -101,7 +101,7 @@ def carry_out(
     says; other SnapdErrors with the operation open, to be called again.
     """
     snapshot = operation.drafts[0]
-    method = world.methods[snapshot.target.method]
+    method = world.method(snapshot.target.method)
     moves = snapshot.state not in _NOTHING_TO_DO  # else what lay on it still does
     if moves:
         try:
@@ -149,7 +149,7 @@ def give_up(world: World, operation: Operation, all_of: Iterable[Snapshot], watc
     """Close a delete that failed, where the snapshot still stands; whether that could be told."""
     snapshot = operation.drafts[0]
     try:
-        if not world.methods[snapshot.target.method].taken(snapshot.target, operation.tag):
+        if not world.method(snapshot.target.method).taken(snapshot.target, operation.tag):
             return False
         world.journal.end(operation, [kept(operation, all_of, watch)], release=False)
     except SnapdError:

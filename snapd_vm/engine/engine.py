@@ -34,6 +34,7 @@ from snapd_vm.errors import (
     TimedOut,
 )
 from snapd_vm.journald import MessageId, fields
+from snapd_vm.methods.method import Shows
 from snapd_vm.model import (
     DiskReport,
     DiskRequest,
@@ -264,8 +265,12 @@ class Engine:
         if snapshot.state is SnapshotState.FAILED:
             raise InvalidState(
                 "A domain's definition names, or somebody has changed, the image that the "
-                "snapshot is, so that its contents are not sure; the daemon's log says which."
+                "snapshot is, or it has overflowed, so that its contents are not sure; the "
+                "daemon's log says which."
             )
+        method: object = self._world.methods.get(snapshot.target.method)
+        if isinstance(method, Shows):
+            await self._world.run(method.show, snapshot.target)
         return snapshot.backup_source
 
     async def modified_disk(self, snapshot_uuid: str) -> str:

@@ -27,12 +27,12 @@ def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapsh
     was told). Raises the SnapdError of what could not be done now; it may be called again.
     """
     tag = operation.tag
-    if keep and all(world.methods[t.method].taken(t, tag) for t in operation.targets):
+    if keep and all(world.method(t.method).taken(t, tag) for t in operation.targets):
         return [_standing(world, draft) for draft in operation.drafts]
     standing = []
     for draft in reversed(operation.drafts):
         try:
-            method = world.methods[draft.target.method]
+            method = world.method(draft.target.method)
             method.undo(draft.target, tag, again=operation.failed)
         except Kept as error:
             log.error("snapshot %s of domain %s stands: %s", tag.label, tag.domain_name, error)
@@ -51,7 +51,7 @@ def _standing(world: World, draft: Snapshot) -> Snapshot:
         return dataclasses.replace(draft, consistency=Consistency.CRASH)
     off = not domain.active and draft.consistency is Consistency.OFFLINE
     consistency = Consistency.OFFLINE if off else Consistency.CRASH
-    redirects = world.methods[draft.target.method].redirects
+    redirects = world.method(draft.target.method).redirects
     changed = domain.disk(draft.target.disk) if redirects else None
     return create.finish(draft, consistency, changed, freeze.Frozen())
 

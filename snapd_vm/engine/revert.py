@@ -68,7 +68,7 @@ def begin(
 
 
 def _method(world: World, snapshot: Snapshot) -> Reverts:
-    method = world.methods[snapshot.target.method]
+    method = world.method(snapshot.target.method)
     if not isinstance(method, Reverts):
         raise MethodNotSupported(
             f"Method {method.name} can't bring a disk back to a snapshot; copy the backup source "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from snapd_vm import safexml
 from snapd_vm.errors import (
     AmbiguousDisk,
     DiskMismatch,
@@ -14,7 +15,7 @@ from snapd_vm.errors import (
     NoSuchDomain,
     NotUnderDisk,
 )
-from snapd_vm.methods.method import Method
+from snapd_vm.methods.method import Method, OnRequest
 from snapd_vm.model import Disk, DiskRequest, Domain, Found, MethodRequest, Request, Tag, Target
 from snapd_vm.request import method_request
 
@@ -112,14 +113,18 @@ def _claim_stored(
     try:
         return _claim(methods, domain, disk, method_request(stored), tag)
     except (InvalidXML, MethodUnknown, MethodNotSupported, NotUnderDisk) as error:
+        why = str(error)
         raise type(error)(
-            f"The method stored for disk {disk.target} can't be used; name another, or store one "
-            f"with SetMethod. {error}"
+            f"The method stored for disk {disk.target} can't be used, so name another, or store "
+            f"one with SetMethod: {why[:1].lower()}{why[1:]}"
         ) from error
 
 
 def _default_order(methods: Mapping[str, Method]) -> Sequence[Method]:
-    return list(methods.values())
+    def is_default(method: object) -> bool:
+        return not (isinstance(method, OnRequest) and method.on_request)
+
+    return [method for method in methods.values() if is_default(method)]
 
 
 def _by_source(domains: Iterable[Domain], wanted: DiskRequest) -> Found:
@@ -146,8 +151,14 @@ def _fits(disk: Disk, source: Mapping[str, str]) -> bool:
     declared = dict(disk.declared_source)
     if all(declared.get(key) == value for key, value in source.items()):
         return True
-    resolved = {"type": disk.type, {"block": "dev"}.get(disk.type, "file"): disk.path}
-    return bool(disk.path) and all(resolved.get(key) == value for key, value in source.items())
+    if not disk.path and disk.type != "network":
+        return False
+    resolved = {"type": disk.type}
+    if disk.path:
+        resolved["dev" if disk.type == "block" else "file"] = disk.path
+    else:  # a volume of a pool of images over the network
+        resolved |= {str(k): str(v) for k, v in safexml.parse(disk.source_xml).attrib.items()}
+    return all(resolved.get(key) == value for key, value in source.items())
 
 
 def _named(domains: Mapping[str, Domain], name: str) -> Domain | None:

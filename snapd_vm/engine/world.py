@@ -10,6 +10,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from snapd_vm.config import Config
 from snapd_vm.engine.journal import AnyStep, Journal
+from snapd_vm.errors import MethodUnknown
 from snapd_vm.methods.method import Method
 from snapd_vm.model import Domain
 from snapd_vm.virt.agent import Agent
@@ -48,6 +49,16 @@ class World:
     executor: ThreadPoolExecutor
     beside: ThreadPoolExecutor
     reach: Callable[[AnyStep], None]
+
+    def method(self, name: str) -> Method:
+        """The method of a snapshot on record. Raises MethodUnknown if it is not there."""
+        found = self.methods.get(name)
+        if found is None:
+            raise MethodUnknown(
+                f"The method {name}, by which the snapshot was taken, is not there any more; put "
+                "it back into the configuration, and restart the service."
+            )
+        return found
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a blocking function in a thread. Cancelling the await does not stop the thread."""

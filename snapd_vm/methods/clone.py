@@ -246,6 +246,11 @@ def remove(folder: int, name: str, uuid: str, inode: int) -> bool:
     return True
 
 
+def is_nocow(image: int) -> bool:
+    """Whether it is written in place (chattr +C)."""
+    return bool(_flags(image) & _NOCOW)
+
+
 def is_protected(clone: int) -> bool:
     """Whether it is immutable."""
     try:

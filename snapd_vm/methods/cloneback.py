@@ -1,8 +1,9 @@
-"""Brings a disk back to a snapshot by the method reflink: a clone of the clone takes its place.
+"""Brings a disk back to a file that shares storage with its image: a clone of that takes its place.
 
-The snapshot is cloned into a file without a name, which gets a name of ours once it is whole and is
-then renamed over the image: rename(2) is atomic, so the path has always the one or the other. What
-was there keeps a second name of ours until the end. The definition names the path, and stays.
+Such a file is a clone by the method reflink, or the image inside a snapshot of its subvolume. It is
+cloned into a file without a name, which gets a name of ours once it is whole and is then renamed
+over the image: rename(2) is atomic, so the path has always the one or the other. What was there
+keeps a second name of ours until the end. The definition names the path, and stays.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from snapd_vm import storage
 from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, NoSuchDomain, StorageFailed
 from snapd_vm.methods import clone, off, overlay
-from snapd_vm.methods.clonetarget import CloneTarget
 from snapd_vm.methods.folder import check_links, open_folder
 from snapd_vm.methods.image import Image, revert_of
 from snapd_vm.methods.method import Record, Watch
@@ -31,6 +32,28 @@ class Hypervisor(off.Hypervisor, Protocol):
     def read(self, uuid: str) -> Domain: ...
     def user_of(self, path: str, uuid: str, target: str) -> str: ...
     def qemu_user(self) -> tuple[int, int]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """What a disk goes back to: the domain, its image's path and format, and the snapshot.
+
+    `open_in` gives a descriptor of the snapshot's file, None where it is gone; it is given one of
+    the image's folder. `fill` lets the second file have the contents of the first, for which there
+    must be `room`, in bytes; where it does nothing, they are copied before `switch`.
+    """
+
+    domain: str
+    image: str
+    format: str
+    open_in: Callable[[int], int | None]
+    fill: Callable[[int, int], None] = clone.share
+    room: int = clone.RESERVE
+
+    @property
+    def folder(self) -> str:
+        """The image's folder."""
+        return os.path.dirname(self.image)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,9 +81,8 @@ class _Plan:
         return dataclasses.replace(target, data={**target.data, "revert": data})
 
 
-def check(hypervisor: Hypervisor, target: Target, tag: Tag) -> Target:
+def check(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag) -> Target:
     """See Reverts.check_revert."""
-    copy = CloneTarget.of(target)
     domain = hypervisor.read(copy.domain)
     off.check_off(hypervisor, domain)
     disk = _same_disk(domain, target, copy)
@@ -82,10 +104,10 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag) -> Target:
     if storage.read_only(copy.folder):
         raise StorageFailed(f"The folder {copy.folder} is read-only.")
     available = storage.space_available(copy.folder)
-    if available < clone.RESERVE:
+    if available < copy.room:
         raise NoSpace(
-            f"The folder {copy.folder} has {available} bytes left, and what the guest overwrites "
-            "after the revert needs new room; make some first."
+            f"The folder {copy.folder} has {available} bytes left, and the revert, with what the "
+            "guest overwrites after it, needs new room; make some first."
         )
     with open_folder(hypervisor, copy.folder) as folder:
         for name in (_draft(tag), _kept(tag)):
@@ -94,14 +116,16 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag) -> Target:
     return _Plan(Image(copy.image, present), None).into(target)
 
 
-def _same_disk(domain: Domain, target: Target, copy: CloneTarget) -> Disk:
-    """The disk, if it still uses the image that was cloned. Raises InvalidState."""
+def _same_disk(domain: Domain, target: Target, copy: Origin) -> Disk:
+    """The disk, if it still uses the image that was taken. Raises InvalidState."""
     disk = domain.disk(target.disk)
     if disk is None:
         raise InvalidState(
             f"The domain has no disk {target.disk} any more; there is nothing to do."
         )
-    if (disk.type, disk.format) == ("file", "raw") and os.path.realpath(disk.path) == copy.image:
+    if (disk.type, disk.format) == ("file", copy.format) and os.path.realpath(
+        disk.path
+    ) == copy.image:
         return disk
     raise InvalidState(
         f"Disk {target.disk} is not the image {copy.image} any more, but {disk.path or 'empty'}; "
@@ -109,13 +133,15 @@ def _same_disk(domain: Domain, target: Target, copy: CloneTarget) -> Disk:
     )
 
 
-def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) -> Target:
+def prepare(
+    hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag, record: Record
+) -> Target:
     """See Reverts.prepare_revert."""
-    plan, copy = _Plan.of(target), CloneTarget.of(target)
+    plan = _Plan.of(target)
     with open_folder(hypervisor, copy.folder) as folder:
-        snapshot = clone.open_own(copy.name, copy.snapshot, copy.inode, folder)
+        snapshot = copy.open_in(folder)
         if snapshot is None:
-            raise StorageFailed("The snapshot's clone is gone; there is nothing to go back to.")
+            raise StorageFailed("The snapshot's file is gone; there is nothing to go back to.")
         try:
             name = os.path.basename(copy.image)
             image = clone.open_image(folder, name, plan.discarded.file)
@@ -128,7 +154,7 @@ def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) ->
                 made = Image(copy.image, FileId(found.st_dev, found.st_ino))
                 target = dataclasses.replace(plan, made=made).into(target)
                 record([target])
-                clone.share(snapshot, draft)
+                copy.fill(snapshot, draft)
                 clone.give_name(folder, draft, _draft(tag))
             finally:
                 os.close(draft)
@@ -137,9 +163,23 @@ def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) ->
     return target
 
 
-def switch(hypervisor: Hypervisor, target: Target, tag: Tag, watch: Watch) -> None:
+def open_draft(folder: int, target: Target, tag: Tag) -> int:
+    """A descriptor to write to what will take the image's place. Raises StorageFailed."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(_draft(tag), flags, dir_fd=folder)
+    except OSError as error:
+        raise StorageFailed(f"{_draft(tag)} can't be opened: {error.strerror}.") from error
+    made = _Plan.of(target).made
+    if made is None or os.fstat(fd).st_ino != made.file.inode:
+        os.close(fd)
+        raise StorageFailed(f"{_draft(tag)} was replaced meanwhile; try again.")
+    return fd
+
+
+def switch(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag, watch: Watch) -> None:
     """See Reverts.revert. The domain can't start on what is discarded meanwhile: it is locked."""
-    plan, copy = _Plan.of(target), CloneTarget.of(target)
+    plan = _Plan.of(target)
     name = os.path.basename(copy.image)
     watch.past_return()
     with (
@@ -162,9 +202,9 @@ def switch(hypervisor: Hypervisor, target: Target, tag: Tag, watch: Watch) -> No
             ) from error
 
 
-def settle(hypervisor: Hypervisor, target: Target, tag: Tag) -> bool:
+def settle(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag) -> bool:
     """See Reverts.settle_revert. What has the image's name decides."""
-    plan, copy = _Plan.of(target), CloneTarget.of(target)
+    plan = _Plan.of(target)
     image, kept = os.path.basename(copy.image), _kept(tag)
     with open_folder(hypervisor, copy.folder) as folder:
         done = plan.made is not None and _is(folder, image, plan.made)
@@ -220,11 +260,14 @@ def _remove(folder: int, name: str, image: Image) -> None:
 
 
 def reverted(target: Target, other: Target) -> Target | None:
-    """See Reverts.reverted: the image of each snapshot of it is another file now."""
-    if (other.method, other.disk) != (target.method, target.disk):
+    """See Reverts.reverted: the image of each snapshot of it is another file now.
+
+    That is so of the snapshots by every method that has its image by these names.
+    """
+    plan = _Plan.of(target)
+    if plan.made is None or other.disk != target.disk:
         return None
-    plan, copy = _Plan.of(target), CloneTarget.of(other)
-    if plan.made is None or copy.image != plan.made.path:
+    if other.data.get("image") != plan.made.path or "image_inode" not in other.data:
         return None
     data = {name: value for name, value in other.data.items() if name != "revert"}
     place: dict[str, Json] = {

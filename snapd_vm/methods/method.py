@@ -8,7 +8,8 @@ before others can find it, so that a daemon killed at any moment finds it again 
 
 `check`, `prepare` and `create` are called once for all disks of an operation that the method takes,
 as some storages can take several at one instant. The tag that they, `taken` and `undo` are given is
-the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's own.
+the operation's; that of `claim`, `check_delete` and `delete` is the snapshot's own. That of `claim`
+says of which operation it is (`Tag.operation`), for storages that give it one name for several.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class Standing:
 
     `code` and `message` are for a Warning where there is something to be done; the message goes to
     everybody, so it names no path. `released`: although it is "failed", a delete has nothing to do
-    but to drop the record, as nothing of it is left that we may touch.
+    but to drop the record, as nothing of it is left that we may touch. `removable`: although it is
+    "failed", it is deleted as one that is "ready".
     """
 
     state: str
@@ -148,6 +150,17 @@ class Standing:
     code: str = ""
     message: str = ""
     released: bool = False
+    removable: bool = False
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A Method whose backup source may not be there to be read although the snapshot is, as when
+    what was mounted for it is gone since the host was started anew.
+    """
+
+    def show(self, target: Target) -> None:
+        """Let the backup source of a snapshot that stands be there. Raises SnapdErrors."""
 
 
 @runtime_checkable
@@ -188,6 +201,14 @@ class Lists(Protocol):
         """Every snapshot that bears our mark on the storages that these domains' disks are on;
         looks, and changes nothing. Asked once, after the start.
         """
+
+
+@runtime_checkable
+class OnRequest(Protocol):
+    """A Method that says whether it is the default for no disk, and taken only if it is named."""
+
+    @property
+    def on_request(self) -> bool: ...
 
 
 @runtime_checkable

@@ -219,19 +219,19 @@ class Reflink:
 
     def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
         """See Reverts and cloneback.check."""
-        return cloneback.check(self._hypervisor, target, tag)
+        return cloneback.check(self._hypervisor, _origin(target), target, tag)
 
     def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
         """See Reverts and cloneback.prepare."""
-        return cloneback.prepare(self._hypervisor, target, tag, record)
+        return cloneback.prepare(self._hypervisor, _origin(target), target, tag, record)
 
     def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
         """See Reverts and cloneback.switch."""
-        cloneback.switch(self._hypervisor, target, tag, watch)
+        cloneback.switch(self._hypervisor, _origin(target), target, tag, watch)
 
     def settle_revert(self, target: Target, tag: Tag) -> bool:
         """See Reverts and cloneback.settle."""
-        return cloneback.settle(self._hypervisor, target, tag)
+        return cloneback.settle(self._hypervisor, _origin(target), target, tag)
 
     def reverted(self, target: Target, other: Target) -> Target | None:
         """See Reverts and cloneback.reverted."""
@@ -296,6 +296,17 @@ class Reflink:
             return False
         draft.close()
         return True
+
+
+def _origin(target: Target) -> cloneback.Origin:
+    """What a revert goes back to."""
+    copy = CloneTarget.of(target)
+    return cloneback.Origin(
+        copy.domain,
+        copy.image,
+        "raw",
+        lambda folder: clone.open_own(copy.name, copy.snapshot, copy.inode, folder),
+    )
 
 
 def _unfit(disk: Disk) -> str:

@@ -17,11 +17,12 @@ from lxml import etree
 
 from snapd_vm.errors import StorageFailed
 from snapd_vm.model import NAMESPACE, Domain
-from snapd_vm.virt import blockcommit, domainxml, mend, methodxml, users
+from snapd_vm.virt import blockcommit, domainxml, mend, methodxml, secrets, users
 from snapd_vm.virt.agent import Agent
 from snapd_vm.virt.agentlibvirt import LibvirtAgent
 from snapd_vm.virt.agentsocket import SocketAgent
 from snapd_vm.virt.connection import ConnectionPool
+from snapd_vm.virt.sourcexml import image_in_pool
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ _STATES = {
     libvirt.VIR_DOMAIN_CRASHED: "crashed",
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
+
+_IN_NETWORK = libvirt.VIR_STORAGE_VOL_NETWORK
 
 _SNAPSHOT_FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
@@ -114,6 +117,23 @@ class Hypervisor:
         with self._pool.connection() as connection:
             domains = _definitions(connection)
         return users.user_of(path, uuid, target, domains, self.pool_folders(), known)
+
+    def user_of_snapshot(self, name: str) -> str:
+        """Whose disk reads the storage's own snapshot of this name, in words; '' for nobody's.
+
+        Every definition is read anew, as for `user_of`.
+        """
+        with self._pool.connection() as connection:
+            domains = _definitions(connection)
+        return users.user_of_snapshot(name, domains)
+
+    def secret(self, uuid: str, usage: str) -> str:
+        """The key in a libvirt secret for Ceph, by its UUID or else its usage name, as base64.
+
+        It is for nobody but the cluster. Raises StorageFailed.
+        """
+        with self._pool.connection() as connection:
+            return secrets.ceph_key(connection, uuid, usage)
 
     def agent(self, domain: Domain, former_timeout: int | None = None) -> Agent:
         """The domain's guest agent, for one operation: by way of libvirt, or by its own socket."""
@@ -288,11 +308,15 @@ def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: 
 
     def resolve_volume(pool: str, volume: str) -> tuple[str, str] | None:
         try:
-            found = connection.storagePoolLookupByName(pool).storageVolLookupByName(volume)
+            holds = connection.storagePoolLookupByName(pool)
+            found = holds.storageVolLookupByName(volume)
             kind = found.info()[0]
             path = found.path()
+            tree = etree.fromstring(holds.XMLDesc()) if kind == _IN_NETWORK else None
         except libvirt.libvirtError:
             return None
+        if tree is not None and tree.get("type") == "rbd":
+            return "network", image_in_pool(tree, path)
         kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}
         return (kinds[kind], path) if kind in kinds else None
 

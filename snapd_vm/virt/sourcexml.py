@@ -1,7 +1,7 @@
 """The `<source>` of a disk in a domain's XML: which storage it is, and how to reach it.
 
 What belongs to the running domain, or is secret, is left out; a storage pool's volume becomes the
-file or device that it is.
+file, device or RBD image that it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lxml import etree
 from snapd_vm import safexml
 
 ResolveVolume = Callable[[str, str], tuple[str, str] | None]
-"""(pool, volume) -> (type "file" or "block", path), or None."""
+"""(pool, volume) -> (type "file" or "block", path) or ("network", `<source>`), or None."""
 
 PATH_ATTRIBUTES = {"file": "file", "block": "dev"}
 """The attribute of `<source>` with the path on this host, by the disk's type."""
@@ -43,7 +43,7 @@ def read_source(
 ) -> tuple[str, str, str]:
     """(type, path, cleaned `<source>`), a pool's volume resolved; the last two '' if empty.
 
-    A volume that is neither a file nor a block device stays a volume: its pool knows the hosts.
+    A volume that is none of these stays a volume: its pool knows the hosts.
     """
     identity = said(source)
     if source is None or not (identity or len(source)):
@@ -55,6 +55,11 @@ def read_source(
             kind, path = found
             identity = {PATH_ATTRIBUTES[kind]: path}
             kept = [child for child in kept if child.tag == "slices"]
+        elif found is not None:
+            kind, whole = found
+            image = safexml.parse(whole)
+            identity = said(image)
+            kept = [*image, *(child for child in kept if child.tag in ("slices", "snapshot"))]
     cleaned = etree.Element("source", identity)
     for child in kept:
         cleaned.append(safexml.parse(safexml.clean(child)))
@@ -80,3 +85,17 @@ def _only_reference(auth: etree._Element) -> None:
     ):
         for name in set(element.attrib) - set(allowed):
             del element.attrib[name]
+
+
+def image_in_pool(pool: etree._Element, path: str) -> str:
+    """The `<source>` of an image in a pool of the type rbd, with what that says of the cluster.
+
+    `path` is the image's, as libvirt gives it: the cluster's pool, a slash, and its name.
+    """
+    source = etree.Element("source", protocol="rbd", name=path)
+    for tag in ("host", "auth"):
+        for child in pool.findall(f"source/{tag}"):
+            source.append(safexml.parse(safexml.clean(child)))
+    for secret in source.findall("auth/secret"):
+        secret.set("type", "ceph")  # in a pool it stands with `<auth>`
+    return safexml.clean(source)

@@ -54,6 +54,15 @@ def user_of(
     return ""
 
 
+def user_of_snapshot(name: str, domains: Sequence[Domain]) -> str:
+    """Whose disk has a source with `<snapshot name=…>`, in words; '': nobody's."""
+    for domain in domains:
+        for disk in _disks(domain):
+            if f'<snapshot name="{name}"' in disk.source_xml:
+                return f"disk {disk.target} of domain {domain.name}"
+    return ""
+
+
 def _disks(domain: Domain) -> Iterator[Disk]:
     yield from domain.disks
     yield from domain.persistent_disks

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import deletes, domains, services, snapshots
-from tests.bench.report import Figures, of_creates, of_deletes, of_services, of_snapshots
+from tests.bench import deletes, domains, layers, services, snapshots
+from tests.bench.report import Figures, of_creates, of_deletes, of_layers, of_services, of_snapshots
 from tests.bench.snapshots import Seen
 from tests.bench.ways import LIBVIRT, TARGET, PlainCaller, all_ways
 from tests.lab.deadline import LabError, wait_until
@@ -22,7 +22,7 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.process import end
 
-PARTS = ("services", "one", "two", "domains", "delete")
+PARTS = ("services", "one", "two", "domains", "delete", "layers")
 FRESH_EVERY = 5
 """Rounds after which our daemon starts anew: its old snapshots are undone behind its back here."""
 QUIET = 0.5
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
             if "delete" in options.only:
                 of_deletes(deletes.measure(lab, ours, options.deletes), figures)
                 of_creates(*deletes.measure_beside(lab, ours, options.deletes), figures)
+            if "layers" in options.only:
+                of_layers(layers.measure(lab, ours, options.rounds), figures)
             if {"one", "two"} & set(options.only):
                 dbus = lab.run.start(
                     "libvirt-dbus",

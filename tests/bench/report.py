@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.bench.deletes import Deleted
+from tests.bench.layers import Measured
 from tests.bench.series import Series, ratio, table
 from tests.bench.services import Service
 from tests.bench.snapshots import Seen
@@ -61,6 +62,23 @@ def of_deletes(found: tuple[Deleted, Deleted], figures: Figures) -> None:
     ours, virsh = found
     figures.add("delete of 1 GiB, to virsh's", ratio(ours.calls, virsh.calls), "under 1.10")
     figures.add("stall at the pivot, to virsh's", ratio(ours.stalls, virsh.stalls), "")
+
+
+def of_layers(found: Sequence[Measured], figures: Figures) -> None:
+    """Frozen time by method, beside the storage's own command."""
+    rows = [
+        (
+            one.method,
+            *(str(Series.of_seconds(seconds)) for seconds in (one.agent, one.alone, one.frozen)),
+            one.command,
+        )
+        for one in found
+    ]
+    head = ("method", "freeze and thaw alone", "the command alone", "frozen", "the command")
+    print("\nFrozen for a snapshot below QEMU\n\n" + table(head, rows))
+    for one in found:
+        figure = f"frozen by {one.method}, beyond freeze, thaw and command alone"
+        figures.add(figure, f"{one.beyond:+.1f} ms", "+25 ms")
 
 
 def of_creates(alone: Series, beside: Series, figures: Figures) -> None:

@@ -25,14 +25,23 @@ def toml(values: Mapping[str, Any], prefix: str = "") -> str:
     """Write a TOML document: plain values of a table first, then the tables in it."""
     lines = []
     for key, value in values.items():
-        if not isinstance(value, Mapping):
+        if not _tables(value):
             # JSON's strings, numbers, true, false and lists of them are TOML's as well
             lines.append(f"{json.dumps(key)} = {json.dumps(value)}")
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            name = f"{prefix}{json.dumps(key)}"
-            lines += [f"[{name}]", toml(value, f"{name}.")]
+        name = f"{prefix}{json.dumps(key)}"
+        header = f"[{name}]" if isinstance(value, Mapping) else f"[[{name}]]"
+        for table in _tables(value):
+            lines += [header, toml(table, f"{name}.")]
     return "\n".join(lines) + "\n"
+
+
+def _tables(value: Any) -> Sequence[Mapping[str, Any]]:
+    """The table, or the tables of a list, that it is; none for a plain value."""
+    if isinstance(value, Mapping):
+        return [value]
+    listed = isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value)
+    return value if listed else []
 
 
 class Daemon:

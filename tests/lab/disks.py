@@ -57,7 +57,7 @@ def make_disk(spec: DiskSpec, folder: Path, owner: str, target: str) -> Disk:
         return _described(spec, target, spec.format, source, (spec.device,))
     path = (spec.folder or folder) / f"{owner}-{target}.{spec.format}"
     raw = path if spec.format == "raw" else path.with_suffix(".new")
-    _format(raw, spec, spec.size_mib << 20)
+    format_raw(raw, spec, spec.size_mib << 20)
     if spec.format == "qcow2":
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
         raw.unlink()
@@ -83,7 +83,8 @@ def _described(
     return Disk(target, chain[0] if chain else Path(), image_format, kind, xml, chain)
 
 
-def _format(path: Path, spec: DiskSpec, size: int) -> None:
+def format_raw(path: Path, spec: DiskSpec, size: int) -> None:
+    """Make a raw image of so many bytes, with the file system that the disk is to have."""
     with path.open("wb") as file:
         file.truncate(size)
     if spec.filesystem is not None:
@@ -93,7 +94,7 @@ def _format(path: Path, spec: DiskSpec, size: int) -> None:
 def _fill_device(device: Path, spec: DiskSpec, raw: Path) -> None:
     """Put the image there, raw as large as the device, or qcow2 which needs some room besides."""
     whole = int(run("blockdev", "--getsize64", device))
-    _format(raw, spec, whole if spec.format == "raw" else spec.size_mib << 20)
+    format_raw(raw, spec, whole if spec.format == "raw" else spec.size_mib << 20)
     if spec.format == "qcow2":
         run("qemu-img", "create", "-q", "-f", "qcow2", device, f"{spec.size_mib}M")
     convert = ("qemu-img", "convert", "-n", "-f", "raw", "-O", spec.format)

@@ -75,7 +75,7 @@ class Guest:
 
         try:
             wait_until(f"{self.name} boots", answers, timeout, 0.05)
-            self.wait_agent()
+            self.wait_agent(timeout)
             # What the boot made it stand still for is nothing that a test wants to see.
             self.reset()
         except LabError as error:

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from tests.lab.blockdev import BlockDevices
 from tests.lab.bus import Bus
+from tests.lab.ceph import Ceph
 from tests.lab.cleanup import clean, cleanup
 from tests.lab.daemon import Daemon
 from tests.lab.deadline import LabError
@@ -38,6 +39,7 @@ class Lab:
     hypervisor: Hypervisor
     daemon: Daemon
     block: BlockDevices
+    ceph: Ceph
 
     def __init__(self, *, libvirt: bool = True, polkit: bool = True) -> None:
         self._with_libvirt = libvirt
@@ -66,6 +68,7 @@ class Lab:
                 self.polkit.start()
             self.daemon = Daemon(self.run, self.bus, self.libvirtd)
             self.block = BlockDevices(self.run)
+            self.ceph = Ceph(self.run, self.hypervisor)
             self._stack = stack.pop_all()
         return self
 

@@ -37,31 +37,6 @@ def sources(guest: Guest) -> tuple[str, str]:
     return found[0], found[1]
 
 
-async def test_a_quiesced_snapshot_is_clean_and_its_source_stays_as_it_is(
-    api: Api, guest: Guest, scratch: Path
-) -> None:
-    created = await api.create(guest, flags=QUIESCE_REQUIRED)
-    assert created.ours("consistency") == "quiesced"
-    before = images.checksum(created.file, created.ours("format"), scratch)
-    raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
-    assert not images.needs_recovery(raw)
-    assert images.is_clean(raw)
-    guest.writes_go_on()
-    await asyncio.sleep(2)
-    guest.writes_go_on()
-    assert images.checksum(created.file, created.ours("format"), scratch) == before
-
-
-async def test_a_snapshot_without_quiescing_needs_recovery(
-    api: Api, guest: Guest, scratch: Path
-) -> None:
-    """So that the test above can tell the difference."""
-    created = await api.create(guest, flags=NO_QUIESCE)
-    assert created.ours("consistency") == "crash"
-    raw = images.raw_copy(created.file, created.ours("format"), scratch / "raw")
-    assert images.needs_recovery(raw)
-
-
 async def test_the_answers_are_what_libvirt_says(api: Api, guest: Guest) -> None:
     former, _ = sources(guest)
     created = await api.create(guest, name="answers")

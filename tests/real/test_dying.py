@@ -89,9 +89,9 @@ async def not_busy(api: Api, guest: Guest, timeout: float = 60) -> None:
     # That was told from memory; this is not.
     while True:
         try:
-            await api.create(guest, method_xml="<diskSnapshot method='lvm'/>")
+            await api.create(guest, method_xml="<diskSnapshot method='rbd'/>")
         except ApiError as error:
-            if error.name == "MethodUnknown":
+            if error.name == "MethodNotSupported":
                 return
             assert error.name == "Busy", error
         assert time.monotonic() < deadline

@@ -81,6 +81,11 @@ async def guest_on(api: Api, places: Places, path: Path) -> Guest:
     return made
 
 
+def default(cloning: Mounted) -> str:
+    """The method that takes a raw file there."""
+    return {".xfs": "reflink", ".btrfs": "btrfs"}[cloning.path.suffix]
+
+
 async def delete(api: Api, created: Created) -> str:
     return str((await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0))[0])
 
@@ -151,7 +156,7 @@ async def test_btrfs_without_checksums(
         run("chattr", "+C", path)
     path.write_bytes(os.urandom(MIB))
     guest = await guest_on(api, places, path)
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     assert created.source.get("file") != str(path)
     assert Path(created.file).read_bytes() == path.read_bytes()
     await delete(api, created)
@@ -162,7 +167,7 @@ async def test_small_and_odd_sizes(api: Api, places: Places, cloning: Mounted, s
     path = raw(cloning.path)
     os.truncate(path, size)
     guest = await guest_on(api, places, path)
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     assert Path(created.file).read_bytes() == path.read_bytes()
     told = await api.properties(created.snapshot, SNAPSHOT)
     assert told["Size"] == -(-size // 512) * 512
@@ -182,7 +187,7 @@ async def test_owner_mode_and_list_of_rights(api: Api, places: Places, cloning: 
     value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in rights)
     os.setxattr(path, "system.posix_acl_access", value)
     guest = await guest_on(api, places, path)
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     found = os.stat(created.file)
     assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (12345, 23456, 0o444)
     copied = os.getxattr(created.file, "system.posix_acl_access")
@@ -204,7 +209,7 @@ async def test_a_foreign_file_of_its_name_is_left_alone(
     api = await connect()
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    call = asyncio.create_task(api.create(guest))
+    call = asyncio.create_task(api.create(guest, method_xml=REFLINK))
     await asyncio.to_thread(wait_until, "it is armed", flag.exists, 20)
     foreign = path.parent / f"snapd-vm-{operation(faulty)}"
     elsewhere = tmp_path / "elsewhere"
@@ -222,7 +227,7 @@ async def test_a_foreign_file_of_its_name_is_left_alone(
     assert kind != "file" or foreign.read_text() == "somebody else's"
     assert not elsewhere.exists()
     assert not await api.snapshots_of(guest)
-    await api.create(guest)
+    await api.create(guest, method_xml=REFLINK)
 
 
 @pytest.mark.parametrize("by", ["a file", "a symlink", "a fifo"])
@@ -234,7 +239,7 @@ async def test_an_image_that_is_replaced_after_the_check(
     api = await connect()
     path, secret = raw(cloning.path), raw(cloning.path)
     guest = await guest_on(api, places, path)
-    call = asyncio.create_task(api.create(guest))
+    call = asyncio.create_task(api.create(guest, method_xml=REFLINK))
     await asyncio.to_thread(wait_until, "it has begun", flag.exists, 20)
     path.rename(path.with_suffix(".old"))
     if by == "a file":
@@ -260,7 +265,7 @@ async def test_a_disk_that_is_given_another_image_meanwhile(
     api = await connect()
     path, other = raw(cloning.path), raw(cloning.path)
     guest = await guest_on(api, places, path)
-    call = asyncio.create_task(api.create(guest))
+    call = asyncio.create_task(api.create(guest, method_xml=REFLINK))
     await asyncio.to_thread(wait_until, "it has come so far", flag.exists, 20)
     disk = etree.fromstring(guest.disk().xml)
     source = disk.find("source")
@@ -291,8 +296,8 @@ async def test_an_image_behind_a_symlink(api: Api, places: Places, cloning: Moun
     link = places.folder() / "link.raw"
     link.symlink_to(path)
     guest = await guest_on(api, places, link)
-    assert [row["method"] for row in await api.disks(guest)] == ["reflink"]
-    created = await api.create(guest)
+    assert [row["method"] for row in await api.disks(guest)] == [default(cloning)]
+    created = await api.create(guest, method_xml=REFLINK)
     assert os.path.dirname(created.file) == str(path.parent)
     assert Path(created.file).read_bytes() == path.read_bytes()
     assert os.listdir(link.parent) == [link.name]
@@ -329,7 +334,7 @@ async def test_an_image_that_somebody_else_writes_to(
         )
         await unchanged(api, guest, "Busy", method_xml=REFLINK)
         writer.kill()
-    await delete(api, await api.create(guest))
+    await delete(api, await api.create(guest, method_xml=REFLINK))
 
 
 # -- what stands in the way ----------------------------------------------------------------------
@@ -343,7 +348,7 @@ async def test_a_full_file_system(api: Api, lab: Lab, places: Places) -> None:
         error = await unchanged(api, guest, "NoSpace", method_xml=REFLINK)
         assert "bytes left" in error.text
         made.drain()
-        await delete(api, await api.create(guest))
+        await delete(api, await api.create(guest, method_xml=REFLINK))
     finally:
         made.unmount()
 
@@ -369,7 +374,7 @@ async def test_the_room_ends_in_the_middle_of_the_clone(
         assert not unnamed(daemon.daemon)
         assert not await api.snapshots_of(guest)
         made.drain()
-        await delete(api, await api.create(guest))
+        await delete(api, await api.create(guest, method_xml=REFLINK))
     finally:
         made.unmount()
 
@@ -420,7 +425,7 @@ async def test_what_a_guest_wrote_into_its_disk_holds_up_nobody(
     other = await guest_on(api, places, base)
     forged = forge(base.with_name("forged.raw"), base)
     guest = await guest_on(api, places, forged)
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     await api.create(other, method_xml=QEMU)
     await delete(api, created)
 
@@ -445,7 +450,7 @@ async def test_a_clone_that_others_build_on_is_not_deleted(
     api: Api, places: Places, cloning: Mounted
 ) -> None:
     guest = await guest_on(api, places, raw(cloning.path))
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     clone = Path(created.file)
     overlay = image(clone.with_name("overlay.qcow2"), clone, "raw")
     error = await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "Busy")
@@ -459,7 +464,7 @@ async def test_a_definition_that_writes_to_a_clone(
     api: Api, places: Places, cloning: Mounted
 ) -> None:
     guest = await guest_on(api, places, raw(cloning.path))
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     disk = (
         "<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
         f"<source file='{created.file}'/><target dev='vdb' bus='virtio'/></disk>"
@@ -480,7 +485,7 @@ async def test_a_domain_that_is_gone_leaves_its_snapshots(
     path = raw(cloning.path)
     content = path.read_bytes()
     guest = await guest_on(api, places, path)
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     await places.unknown(api, guest)
     assert (await api.properties(created.snapshot, SNAPSHOT))["State"] == "ready"
     assert await api.backup_source(created.snapshot) == created.backup_source
@@ -494,7 +499,7 @@ async def test_what_is_not_provably_ours_is_left_alone(
     api: Api, places: Places, cloning: Mounted, how: str
 ) -> None:
     guest = await guest_on(api, places, raw(cloning.path))
-    created = await api.create(guest)
+    created = await api.create(guest, method_xml=REFLINK)
     clone = Path(created.file)
     run("chattr", "-i", clone)
     if how == "another file":  # the mark copied with it
@@ -532,7 +537,7 @@ async def test_a_domain_that_qemu_does_not_run(
     faulty.daemon.start({"uri": f"test://{node}"}, argv=None)
     api = await connect()
     rows = (await api.call(domain_path(uuid), DOMAIN, "Disks"))[0]
-    assert [row["method"] for row in rows] == ["reflink"]
+    assert [row["method"] for row in rows] == [default(cloning)]
     answer = await api.call(domain_path(uuid), NAME, "Create", "sssu", VDA, "", "nightly", 0)
     created = Created(*answer)
     assert (created.modified_disk, created.ours("consistency")) == ("", "crash")

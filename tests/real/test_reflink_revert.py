@@ -1,5 +1,5 @@
-"""Revert with method reflink: the image's path holds the snapshot's contents, and nothing else has
-changed.
+"""Revert with methods reflink (on XFS) and btrfs: the image's path holds the snapshot's contents,
+and nothing else has changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, Created
 from tests.real.places import INACTIVE, Places
 from tests.real.test_crash import unnamed
 from tests.real.test_delete import delete
-from tests.real.test_reflink_files import cloning, guest_on, raw
+from tests.real.test_reflink_files import REFLINK, cloning, guest_on, raw
 from tests.real.test_revert import places, revert
 from tests.real.test_revert_refused import kept
 
@@ -37,12 +37,14 @@ def seen(path: Path) -> tuple[Any, ...]:
     return (found.st_ino, rights, path.read_bytes(), sorted(os.listdir(path.parent)))
 
 
-async def stack(api: Api, guest: Guest, path: Path, count: int = 2) -> list[Created]:
+async def stack(
+    api: Api, guest: Guest, path: Path, count: int = 2, method_xml: str = ""
+) -> list[Created]:
     """So many snapshots of a domain that is off, with contents and size of its own for each."""
     found = []
     for number in range(count):
         path.write_bytes(os.urandom(MIB + 4096 * number))
-        found.append(await api.create(guest, name=f"s{number}"))
+        found.append(await api.create(guest, method_xml=method_xml, name=f"s{number}"))
     path.write_bytes(os.urandom(3 * MIB))
     return found
 
@@ -134,7 +136,7 @@ async def test_to_and_fro_and_again(
 async def test_owner_mode_and_list_of_rights(api: Api, places: Places, cloning: Mounted) -> None:
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     os.chown(path, 12345, 23456)
     path.chmod(0o664)
     entries = [(1, 6, 2**32 - 1), (2, 6, 1000), (4, 0, 2**32 - 1), (16, 6, 2**32 - 1)]

@@ -95,13 +95,32 @@ async def test_an_error_at(
     assert sorted(os.listdir(path.parent)) == before[-1]
 
 
+async def test_a_delete_that_fails_after_a_revert(
+    api: Api, places: Places, cloning: Mounted
+) -> None:
+    """The snapshot stands, although the image is another file than the one it was taken of."""
+    path = raw(cloning.path)
+    guest = await guest_on(api, places, path)
+    (created,) = await stack(api, guest, path, 1)
+    await revert(api, created)
+    file = Path(created.file)
+    made = next(one for one in (file, *file.parents) if one.name.startswith("snapd-vm-"))
+    run("chattr", "+i", made.parent)
+    try:
+        await refused(delete(api, created), "StorageFailed")
+    finally:
+        run("chattr", "-i", made.parent)
+    await all_ready(api, guest)
+    await delete(api, created)
+
+
 async def test_cancelled(connect: Connect, faulty: Lab, places: Places, cloning: Mounted) -> None:
     halted = Halted(faulty, RevertStep.ARMED)
     faulty.daemon.start({}, argv=halted.argv)
     api, other = await connect(), await connect()
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     before, there = seen(path), await api.snapshots_of(guest)
     call = await halted.begin(api, created)
     job = await halted.job(api)
@@ -126,7 +145,7 @@ async def test_a_domain_that_is_started_in_between_keeps_what_it_runs_on(
     api = await connect()
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     before = seen(path)
     call = await halted.begin(api, created)
     guest.domain.create()
@@ -152,7 +171,7 @@ async def test_a_domain_that_runs_on_what_was_to_be_discarded_keeps_it(
     api = await connect()
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     before = seen(path)
     await refused(revert(api, created), GONE)
     await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
@@ -178,7 +197,7 @@ async def test_a_domain_that_runs_on_what_it_went_back_to_keeps_that(
     api = await connect()
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     before = seen(path)
     await refused(revert(api, created), GONE)
     await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
@@ -230,7 +249,7 @@ async def test_a_domain_that_is_not_off(
 ) -> None:
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     guest.domain.create()
     if state == "paused":
         guest.domain.suspend()
@@ -251,7 +270,7 @@ async def test_an_image_that_is_read_or_written_to(
 ) -> None:
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     with reader(str(path)) as pid:
         assert pid in await left(api, guest, created, path, "Busy")
     argv = ["qemu-io", "-f", "raw", str(path)]
@@ -268,7 +287,7 @@ async def test_an_image_that_is_read_or_written_to(
 async def test_somebody_else_uses_the_image(api: Api, places: Places, cloning: Mounted) -> None:
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     other = await guest_on(api, places, path)
     assert other.name in await left(api, guest, created, path, "Busy")
     await places.unknown(api, other)
@@ -282,7 +301,7 @@ async def test_an_overlay_that_was_made_since(api: Api, places: Places, cloning:
     """The image is a snapshot itself then, by qemu, and none may change."""
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     over = await api.create(guest, method_xml=QEMU, name="over")
     text = await left(api, guest, created, path, "InvalidState")
     assert "delete the snapshots" in text
@@ -300,7 +319,7 @@ async def test_a_disk_that_is_another_now(
 ) -> None:
     path, other = raw(cloning.path), raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     disk = etree.fromstring(guest.disk().xml)
     source = disk.find("source")
     assert source is not None
@@ -338,7 +357,7 @@ async def test_a_foreign_file_of_its_name_is_left_alone(
     api = await connect()
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     foreign, elsewhere = Path(f"{created.file}.{suffix}"), tmp_path / "elsewhere"
 
     def place() -> None:
@@ -380,7 +399,7 @@ async def test_an_image_that_is_replaced_after_the_check(
     api = await connect()
     path, secret = raw(cloning.path), raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     files = sorted([*os.listdir(path.parent), "disk.old"])
     call = await halted.begin(api, created)
     path.rename(path.with_suffix(".old"))
@@ -407,7 +426,7 @@ async def test_a_disk_that_is_given_another_image_meanwhile(
     api = await connect()
     path, other = raw(cloning.path), raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     before, contents = seen(path), other.read_bytes()
     call = await halted.begin(api, created)
     disk = etree.fromstring(guest.disk().xml)
@@ -427,7 +446,7 @@ async def test_a_folder_that_others_can_write(
 ) -> None:
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     path.parent.chmod(mode)
     if mode == 0o775:
         os.chown(path.parent, 0, 23456)
@@ -439,7 +458,7 @@ async def test_an_image_that_can_not_be_replaced(
 ) -> None:
     path = raw(cloning.path)
     guest = await guest_on(api, places, path)
-    (created,) = await stack(api, guest, path, 1)
+    (created,) = await stack(api, guest, path, 1, REFLINK)
     run("chattr", "+i", path)
     try:
         await left(api, guest, created, path, "StorageFailed")
@@ -453,7 +472,7 @@ async def test_no_room(api: Api, lab: Lab, places: Places) -> None:
     try:
         path = raw(made.path)
         guest = await guest_on(api, places, path)
-        (created,) = await stack(api, guest, path, 1)
+        (created,) = await stack(api, guest, path, 1, REFLINK)
         made.fill(leave=300 << 10)
         assert "bytes left" in await left(api, guest, created, path, "NoSpace")
         made.drain()
@@ -492,7 +511,7 @@ async def test_a_clone_that_can_not_be_used(api: Api, lab: Lab, places: Places, 
     try:
         path = raw(made.path)
         guest = await guest_on(api, places, path)
-        (created,) = await stack(api, guest, path, 1)
+        (created,) = await stack(api, guest, path, 1, REFLINK)
         if how == "read-only":
             made.set_read_only(True)
         else:

@@ -25,11 +25,11 @@ WARM_UP = 20
 HEAD = 1 << 20
 
 
-@pytest.fixture(params=["qemu", "reflink"])
+@pytest.fixture(params=["qemu", "reflink", "btrfs"])
 def own(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A guest whose disk the method takes by default."""
-    mounted = lab.block.mounted("xfs", 600)
-    spec = DiskSpec(format="raw" if request.param == "reflink" else "qcow2", folder=mounted.path)
+    mounted = lab.block.mounted("btrfs" if request.param == "btrfs" else "xfs", 600)
+    spec = DiskSpec(format="qcow2" if request.param == "qemu" else "raw", folder=mounted.path)
     guest = lab.guest([spec])
     yield guest
     guest.remove()

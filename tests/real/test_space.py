@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.blockdev import Mounted
+from tests.lab.blockdev import FileSystem, Mounted
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -71,27 +71,28 @@ async def test_a_file_system_that_gets_full_is_warned_of_once(
     assert len(warnings()) == 2
 
 
-async def test_what_a_guest_shares_with_a_clone_needs_room_too(
-    api: Api, places: Places, lab: Lab
+@pytest.mark.parametrize("filesystem", ["xfs", "btrfs"])
+async def test_what_a_guest_shares_with_a_clone_or_snapshot_needs_room_too(
+    api: Api, places: Places, lab: Lab, filesystem: FileSystem
 ) -> None:
-    xfs = lab.block.mounted("xfs", 400)
+    made = lab.block.mounted(filesystem, 400)
     try:
-        guest = places.guest(DiskSpec(format="raw", folder=xfs.path), start=True)
+        guest = places.guest(DiskSpec(format="raw", folder=made.path), start=True)
         await places.known(api)
         await api.client.listen()
         created = await api.create(guest)
-        assert created.modified_disk == ""  # by reflink
+        assert created.modified_disk == ""
 
         def warnings() -> list[list[str]]:
             return [s.body for s in api.client.signals if s.member == "Warning"]
 
-        xfs.fill(leave=8 * MIB)
+        made.fill(leave=8 * MIB)
         await looked_at(guest, warnings)
         ((code, message),) = warnings()
         assert code == "low-space"
         assert "/" not in message
-        xfs.drain()
+        made.drain()
         await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
         places.forget()
     finally:
-        xfs.unmount()
+        made.unmount()

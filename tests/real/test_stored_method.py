@@ -160,7 +160,7 @@ async def test_what_others_have_written_there_is_checked_at_use(
     text = f"<disks><disk target='vda'>{stored}</disk></disks>"
     guest.domain.setMetadata(ELEMENT, text, "whatever", NAMESPACE, CONFIG)
     found = await refused(api.create(guest), error)
-    assert found.text.startswith("The method stored for disk vda can't be used;")
+    assert found.text.startswith("The method stored for disk vda can't be used, so name another")
     method, reason = await chosen(api, guest)
     assert (method, reason) == ("", found.text)
     made = await api.create(guest, method_xml=QEMU)  # another can be named

@@ -300,7 +300,7 @@ async def test_open_for_writing_in_another_process(api: Api, places: Places) -> 
     argv = ["qemu-system-x86_64", "-M", "none", "-display", "none", "-qmp", "null"]
     holder = subprocess.Popen([*argv, "-drive", f"if=none,id=d,format=qcow2,file={path}"])
     try:
-        wait_until("it is open", lambda: images.is_open(path), 20)
+        wait_until("it is open", lambda: images.is_open(path), 60)
         await unchanged(api, guest, "Busy")
     finally:
         holder.kill()

@@ -1,0 +1,391 @@
+"""Real storages with a guest on each, as the conformance suite asks them; one class a method.
+
+A further method is one more class that fits `Storage`, and a line in STORAGES. Nothing here takes
+for granted that a guest boots fast: there is one for all tests of a storage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.lab.blockdev import Mounted
+from tests.lab.ceph import POOL
+from tests.lab.deadline import wait_until
+from tests.lab.disks import DiskSpec
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.program import CHECKOUT, run
+from tests.real import images
+from tests.real.api import Created
+from tests.real.arrays import Array, Plugin
+from tests.real.places import image
+
+
+class Storage(Protocol):
+    """A storage, and a running guest whose disk `vda`, in ext4, is on it.
+
+    `method` takes that disk by default; `format` is that of the backup source. `config` is what the
+    daemon is to be told for it. `snapshot_s` bounds a Create from its call to its answer, in
+    seconds: a guest inside a host's VM is slow. One whose method is no default has `xml` to ask for
+    it, and `env` is the environment that its daemon needs; see `xml_of` and `env_of`.
+    """
+
+    method: str
+    format: str
+    config: Mapping[str, Any]
+    guest: Guest
+    snapshot_s: float
+
+    def contents(self) -> Collection[str]:
+        """All on the storage that a snapshot, whole or half made, could be or leave."""
+
+    def raw(self, created: Created, to: Path) -> Path:
+        """The immutable view as a raw file at `to`, read as a backup program would."""
+
+    def foreign(self) -> AbstractContextManager[None]:
+        """Somebody else's snapshot of the disk, as much like ours as it can be.
+
+        Asserts at its end that it is still there, and as it was.
+        """
+
+    def in_the_way(self, operation: str, label: str) -> AbstractContextManager[None]:
+        """Something that has the name which this operation's snapshot, called so, is to have.
+
+        The operation is written down, and nothing of it made that has a name.
+
+        Asserts at its end that it is as it was.
+        """
+
+    def full(self) -> AbstractContextManager[None]:
+        """No room for a snapshot."""
+
+    def crippled(self) -> Mapping[str, str] | None:
+        """The environment of a daemon without the tool or library that the method needs; None:
+        it needs none.
+        """
+
+
+def xml_of(storage: Storage) -> str:
+    """The XML that asks for the method, where it is not the default; else ''."""
+    return str(getattr(storage, "xml", ""))
+
+
+def env_of(storage: Storage) -> Mapping[str, str]:
+    """What the environment of its daemon has besides."""
+    found: Mapping[str, str] = getattr(storage, "env", {})
+    return found
+
+
+class Copies:
+    """A method from outside, which has to be asked for, and copies raw files into a folder."""
+
+    format = "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted, made: Array | Plugin) -> None:
+        self.method, self.xml = made.name, made.xml
+        self.config: Mapping[str, Any] = made.config
+        self.env: Mapping[str, str] = made.env
+        self._mounted, self._made = mounted, made
+        self.guest = lab.guest([DiskSpec(format="raw", folder=lab.folder(f"for-{made.name}"))])
+
+    def contents(self) -> Collection[str]:
+        return files_in(self._mounted.path)
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        disk = self.guest.disk().path
+        path = self._made.folder / f"{NOT_OURS}{self._made.suffix}"
+        with kept(path, lambda to: run("cp", "--sparse=always", disk, to)):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        name = f"snapd-vm-{operation}{self._made.suffix}"
+        with kept(self._made.folder / name, not_ours):
+            yield
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=64 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        return None
+
+
+class Overlays:
+    """Method qemu: a qcow2 image in a small file system of its own."""
+
+    method, format = "qemu", "qcow2"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._mounted = mounted
+        self._lab = lab
+        self.guest = lab.guest([DiskSpec(folder=mounted.path)])
+
+    def contents(self) -> Collection[str]:
+        return files_in(self._mounted.path)
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, created.ours("format"), to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        with kept(self.guest.disk().path.with_name(NOT_OURS), image):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with kept(self.guest.disk().path.with_suffix(f".{label}"), not_ours):
+            yield
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=64 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        return None
+
+
+class Clones:
+    """Method reflink: a raw image on XFS."""
+
+    method, format = "reflink", "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._mounted = mounted
+        self.guest = lab.guest([DiskSpec(format="raw", folder=mounted.path)])
+
+    def contents(self) -> Collection[str]:
+        return files_in(self._mounted.path)
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        disk = self.guest.disk().path
+        with kept(disk.with_name(NOT_OURS), lambda to: run("cp", "--reflink=always", disk, to)):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with kept(self._mounted.path / f"snapd-vm-{operation}", not_ours):
+            yield
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=300 << 10)
+        yield
+        self._mounted.drain()
+
+    def crippled(self) -> Mapping[str, str] | None:
+        return None
+
+
+class Subvolumes:
+    """Method btrfs: a raw image in a subvolume."""
+
+    method, format = "btrfs", "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab, mounted: Mounted) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._mounted = mounted
+        self._subvolume = mounted.path / "vm"
+        run("btrfs", "-q", "subvolume", "create", self._subvolume)
+        self.guest = lab.guest([DiskSpec(format="raw", folder=self._subvolume)])
+        self._without = lab.folder("without")
+
+    def contents(self) -> Collection[str]:
+        listed = run("btrfs", "subvolume", "list", "-o", "-a", self._mounted.path).splitlines()
+        places = self._subvolume.glob(".snapd-vm/**")
+        return {line.rpartition(" path ")[2] for line in listed} | {str(path) for path in places}
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        place = self._subvolume / ".snapd-vm"
+        place.mkdir(0o700, exist_ok=True)
+        path = place / NOT_OURS
+        run("btrfs", "-q", "subvolume", "snapshot", "-r", self._subvolume, path)
+        before = run("btrfs", "subvolume", "show", path)
+        yield
+        assert run("btrfs", "subvolume", "show", path) == before
+        run("btrfs", "-q", "subvolume", "delete", path)
+        place.rmdir()
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        shown = run("btrfs", "subvolume", "show", self._subvolume)
+        (uuid,) = re.findall(r"^\s*UUID:\s*(\S+)$", shown, re.MULTILINE)
+        place = self._subvolume / ".snapd-vm"
+        place.mkdir(0o700)
+        folder = place / f"{operation}.{uuid[:8]}"
+        folder.mkdir()
+        with kept(folder / f"snapd-vm-{operation}", not_ours):
+            yield
+        folder.rmdir()
+        place.rmdir()
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._mounted.fill(leave=300 << 10)
+        yield
+        self._mounted.drain()
+        run("sync", "--file-system", self._mounted.path)  # what is freed is free after a commit
+        wait_until("there is room", lambda: self._free() > 100 << 20, 20)
+
+    def _free(self) -> int:
+        state = os.statvfs(self._subvolume)
+        return state.f_bavail * state.f_frsize
+
+    def crippled(self) -> Mapping[str, str] | None:
+        (self._without / "btrfsutil.py").write_text("raise ImportError('as if it was not there')")
+        return {"PYTHONPATH": str(self._without)}
+
+
+class ClusterImages:
+    """Method rbd: a raw image in a Ceph cluster."""
+
+    method, format = "rbd", "raw"
+    snapshot_s = 20.0
+
+    def __init__(self, lab: Lab) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._ceph = lab.ceph.start()
+        self._ceph.take_stock()
+        self._image = f"{POOL}/conformance"
+        self.guest = lab.guest([self._ceph.disk("conformance")])
+        self._id = json.loads(self._ceph.rbd("info", self._image, "--format=json"))["id"]
+        self._without = lab.folder("without")
+
+    def contents(self) -> Collection[str]:
+        listed = json.loads(self._ceph.rbd("snap", "ls", self._image, "--format=json"))
+        # A way of asking that a cluster which is full does not put off.
+        said = run("rados", "-p", POOL, "listomapkeys", f"rbd_header.{self._id}").splitlines()
+        found = [key for key in said if key.startswith("metadata_")]
+        return [str(sorted(snap.items())) for snap in listed] + found
+
+    def raw(self, created: Created, to: Path) -> Path:
+        snapshot = created.source.find("snapshot")
+        assert snapshot is not None
+        to.unlink(missing_ok=True)
+        return self._ceph.read(f"conformance@{snapshot.get('name')}", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        with self._another(NOT_OURS):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with self._another(f"snapd-vm-{operation}"):
+            yield
+
+    @contextmanager
+    def _another(self, name: str) -> Iterator[None]:
+        self._ceph.rbd("snap", "create", f"{self._image}@{name}")
+        before = [one for one in self.contents() if name in one]
+        yield
+        assert [one for one in self.contents() if name in one] == before
+        self._ceph.rbd("snap", "rm", f"{self._image}@{name}")
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self._ceph.fill(True)
+        yield
+        self._ceph.fill(False)
+
+    def crippled(self) -> Mapping[str, str] | None:
+        (self._without / "sitecustomize.py").write_text(
+            f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n"
+            "from snapd_vm.methods import cluster\n"
+            "cluster._START = 'import ctypes; ctypes.CDLL = lambda name: open(name);' "
+            "+ cluster._START\n"
+        )
+        return {"PYTHONPATH": str(self._without)}
+
+
+def _array(lab: Lab, mounted: Mounted) -> Storage:
+    return Copies(lab, mounted, Array.install(lab, mounted.path / "copies"))
+
+
+def _plugin(lab: Lab, mounted: Mounted) -> Storage:
+    return Copies(lab, mounted, Plugin.install(lab, mounted.path / "copies"))
+
+
+NOT_OURS = "snapd-vm-0b9a2f10-1111-4222-8333-444455556666"
+"""A name such as we give; nothing else of what bears it is ours."""
+
+
+@contextmanager
+def kept(path: Path, make: Callable[[Path], object]) -> Iterator[None]:
+    """A file of the test's, which must be the same at the end; it is removed then."""
+    make(path)
+    before = path.stat().st_ino, path.read_bytes()
+    yield
+    assert (path.stat().st_ino, path.read_bytes()) == before
+    path.unlink()
+
+
+def not_ours(path: Path) -> None:
+    """Write something of somebody else's."""
+    path.write_text("somebody else's")
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files below a folder."""
+    return {os.path.join(where, name) for where, _, names in os.walk(folder) for name in names}
+
+
+@contextmanager
+def _mounted(
+    lab: Lab, filesystem: Any, size_mib: int, on: Callable[[Lab, Mounted], Storage]
+) -> Iterator[Storage]:
+    made = lab.block.mounted(filesystem, size_mib)
+    storage = on(lab, made)
+    yield storage
+    storage.guest.remove()
+    made.unmount()
+
+
+@contextmanager
+def _in_ceph(lab: Lab) -> Iterator[Storage]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CEPH_CONF", str(lab.ceph.start().conf))  # as a person has it in /etc/ceph
+        storage = ClusterImages(lab)
+        yield storage
+        storage.guest.remove()
+
+
+STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
+    "qemu": lambda lab: _mounted(lab, "ext4", 400, Overlays),
+    "reflink": lambda lab: _mounted(lab, "xfs", 600, Clones),
+    "btrfs": lambda lab: _mounted(lab, "btrfs", 600, Subvolumes),
+    "rbd": _in_ceph,
+    "array": lambda lab: _mounted(lab, "xfs", 300, _array),
+    "copy": lambda lab: _mounted(lab, "ext4", 300, _plugin),
+}
+"""What makes each, with its guest, and takes it away."""

@@ -1,0 +1,275 @@
+"""The example distribution of docs/example-method, installed by pip, used over the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapd_vm.engine.journal import Step
+from snapd_vm.model import ROOT_PATH
+from tests.lab.deadline import wait_until
+from tests.lab.disks import DiskSpec
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.program import run
+from tests.real import images
+from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
+from tests.real.arrays import COPY, COPY_METHOD, Plugin
+from tests.real.conftest import Connect
+from tests.real.places import refused, unchanged
+from tests.real.test_crash import FAULTY, faulty
+
+__all__ = ["faulty"]
+
+
+@pytest.fixture(scope="module")
+def own(lab: Lab) -> Iterator[Guest]:
+    """A guest with two raw disks and one that is not."""
+    folder = lab.folder("plugin-disks")
+    raw = DiskSpec(format="raw", folder=folder)
+    running = lab.guest([raw, raw, DiskSpec(folder=folder)])
+    yield running
+    running.remove()
+
+
+@pytest.fixture
+def plugin(lab: Lab, faulty: Lab) -> Plugin:
+    """The distribution, and a daemon that has it."""
+    made = Plugin.install(lab)
+    faulty.daemon.start(made.config, env=made.env)
+    return made
+
+
+@pytest.fixture
+async def api(plugin: Plugin, connect: Connect) -> Api:
+    """A client of that daemon."""
+    return await connect()
+
+
+async def test_it_is_made_read_and_deleted(
+    api: Api, plugin: Plugin, own: Guest, tmp_path: Path
+) -> None:
+    xml = own.domain.XMLDesc()
+    assert (await api.properties(ROOT_PATH, MANAGER))["Methods"][-1] == COPY
+    assert COPY not in {row["method"] for row in await api.disks(own)}
+    plan = await api.plan(own, method_xml=COPY_METHOD)
+    assert (plan["method"], plan["consistency"]) == (COPY, "quiesced")
+    assert plan["warnings"] == ["The guest stands still for as long as the copy takes."]
+    assert plan["space_available"] > plan["space_needed"] > 0
+    assert plugin.copies == set()
+    own.write("vda", "mark", "before")
+    created = await api.create(own, method_xml=COPY_METHOD, name="one", flags=QUIESCE_REQUIRED)
+    own.write("vda", "mark", "after")
+    told = await api.properties(created.snapshot, SNAPSHOT)
+    assert (told["Method"], told["Format"], told["Size"]) == (COPY, "raw", 64 << 20)
+    assert (told["State"], told["Consistency"]) == ("ready", "quiesced")
+    assert {Path(created.file).name} == plugin.copies
+    assert images.is_clean(Path(created.file))
+    assert run("debugfs", "-R", "cat /mark", created.file).strip() == "before"
+    checksum = images.checksum(created.file, "raw", tmp_path)
+    own.writes_go_on()
+    assert images.checksum(created.file, "raw", tmp_path) == checksum
+    assert await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0) == [""]
+    assert plugin.copies == set()
+    assert own.domain.XMLDesc() == xml
+    assert own.read("vda", "mark") == "after"
+
+
+async def test_several_disks_and_one_that_is_not_raw(api: Api, plugin: Plugin, own: Guest) -> None:
+    made = await api.create_set(own, ("vda", COPY_METHOD), ("vdb", COPY_METHOD), flags=NO_QUIESCE)
+    assert [one.ours("consistency") for _, one in made] == ["paused", "paused"]
+    await unchanged(api, own, "MethodNotSupported", disk="vdc", method_xml=COPY_METHOD)
+    for path, _ in made:
+        await api.call(path, SNAPSHOT, "Delete", "u", 0)
+    noted = "<diskSnapshot method='copy'><note text='{}'/></diskSnapshot>"
+    await unchanged(api, own, "InvalidXML", method_xml=noted.format("x" * 81))
+    plan = await api.plan(own, method_xml=noted.format("before the upgrade"))
+    assert plan["method"] == COPY
+    assert plugin.copies == set()
+
+
+KILLED = [(Step.BEGUN, False), (Step.FROZEN, False), (Step.THAWED, False), (Step.READ_BACK, True)]
+
+
+@pytest.mark.parametrize(("step", "stands"), KILLED)
+async def test_killed_at(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest, step: Step, stands: bool
+) -> None:
+    plugin = Plugin.install(lab)
+    argv = (*FAULTY, "--at", step, "--do", "kill")
+    faulty.daemon.start(plugin.config, argv=argv, env=plugin.env)
+    api = await connect()
+    with pytest.raises(ApiError):
+        await api.create(own, method_xml=COPY_METHOD)
+    wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
+    faulty.daemon.start(plugin.config, env=plugin.env)
+    own.writes_go_on()
+    assert not own.agent_says_frozen()
+    paths = list(await api.snapshots_of(own))
+    assert (len(paths), len(plugin.copies)) == (int(stands), int(stands))
+    for path in paths:
+        await api.call(path, SNAPSHOT, "Delete", "u", 0)
+    assert plugin.copies == set()
+
+
+ODD = """
+from snapd_vm.methods import plugin
+from snapd_vm_copy import Copy
+
+class Mine(plugin.SnapdError):
+    dbus_name = "com.example.Secret"
+
+class Odd(Copy):
+    schema = ""
+    def {member}(self, *given, **named):
+        {does}
+
+class Old(Copy):
+    protocol_version = 0
+
+class Broken(Copy):
+    def __init__(self, context):
+        raise RuntimeError("it is broken\\nin two lines")
+
+class Named(Copy):
+    name = property(lambda self: "other", lambda self, value: None)
+
+class Short:
+    protocol_version = 1
+    name, redirects = "odd", False
+    def __init__(self, context):
+        pass
+
+class Leaving(Copy):
+    def __init__(self, context):
+        raise SystemExit(3)
+
+class Formless(Copy):
+    schema = "<element/>"
+"""
+POINTS = ("odd", "old", "broken", "named", "short", "leaving", "formless", "reallymissing")
+
+
+def odd(lab: Lab, plugin: Plugin, which: str, member: str = "suits", does: str = "") -> Plugin:
+    """A distribution whose methods misbehave; the one called `which` is listed."""
+    site = lab.folder("odd-site")
+    (site / "odd_methods.py").write_text(ODD.format(member=member, does=does or "return 'none'"))
+    info = site / "odd_methods-1.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-methods\nVersion: 1\n")
+    lines = [f"{name} = odd_methods:{name.capitalize()}" for name in POINTS]
+    (info / "entry_points.txt").write_text("\n".join(["[snapd_vm.methods]", *lines]))
+    table = {"folder": str(plugin.folder)}
+    config = {"plugins": {"methods": [which, COPY], which: table, COPY: table}}
+    return OddPlugin(plugin.site, plugin.folder, config, f"{site}:{plugin.site}")
+
+
+@dataclass(frozen=True)
+class OddPlugin(Plugin):
+    """See odd."""
+
+    whole: dict[str, Any]
+    path: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.whole
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"PYTHONPATH": self.path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ("old", "written for version 0 of the protocol, and this daemon has 1"),
+        ("broken", "RuntimeError: it is broken in two lines"),
+        ("named", "it calls itself 'other'"),
+        ("short", "it has no "),
+        ("leaving", "SystemExit"),
+        ("reallymissing", "AttributeError"),
+        ("formless", "no RELAX NG schema"),
+    ],
+)
+async def test_one_that_can_not_be_loaded_is_left_out_and_told_of(
+    connect: Connect, faulty: Lab, lab: Lab, which: str, words: str
+) -> None:
+    made = odd(lab, Plugin.install(lab), which)
+    before = len(faulty.daemon.log)
+    faulty.daemon.start(made.config, env=made.env)
+    api = await connect()
+    methods = (await api.properties(ROOT_PATH, MANAGER))["Methods"]
+    assert which not in methods
+    assert COPY in methods
+    (line,) = [ln for ln in faulty.daemon.log[before:].splitlines() if f"method {which} " in ln]
+    assert line.startswith("error: ")
+    assert words in line
+    assert "Traceback" not in faulty.daemon.log[before:]
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        (["nothing-of-that-name"], "lists 'nothing-of-that-name'"),
+        (["qemu"], "reserved"),
+        (["backup"], "reserved"),
+        (["a", "a"], "there twice"),
+        ([1], "must be a name"),
+    ],
+)
+async def test_one_that_is_not_there_or_not_allowed_ends_the_start(
+    faulty: Lab, listed: list[Any], words: str
+) -> None:
+    before = len(faulty.daemon.log)
+    faulty.daemon.start({"plugins": {"methods": listed}}, wait=0)
+    wait_until("it ends", lambda: not faulty.daemon.running, 20)
+    assert faulty.daemon.status == 1
+    (line,) = faulty.daemon.log[before:].splitlines()
+    assert line.startswith("critical: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("member", "does"),
+    [
+        ("claim", "return 'a string'"),
+        ("claim", "raise Mine('a secret')"),
+        ("source", "return given[1], None"),
+        ("size", "return -1"),
+        ("check", "raise KeyError('a secret')"),
+        ("prepare", "return []"),
+        ("create", "raise SystemExit(1)"),
+        ("create", "raise KeyboardInterrupt"),
+        ("create", "import asyncio; raise asyncio.CancelledError"),
+        ("create", "raise RecursionError('a secret')"),
+        ("taken", "return None"),
+        ("standing", "return 7"),
+    ],
+)
+async def test_one_that_misbehaves_harms_nobody(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest, member: str, does: str
+) -> None:
+    made = odd(lab, Plugin.install(lab), "odd", member, does)
+    faulty.daemon.start(made.config, env=made.env)
+    api = await connect()
+    xml = "<diskSnapshot method='odd'/>"
+    if member == "standing":  # whose mistakes show when it is looked at
+        created = await api.create(own, method_xml=xml)
+        error = await refused(api.backup_source(created.snapshot), "Internal")
+    else:
+        error = await refused(api.create(own, method_xml=xml), "Internal")
+    assert "secret" not in error.text
+    assert "Traceback" not in error.text
+    assert "Method odd made a mistake" in error.text
+    assert f"method odd made a mistake in {member}" in faulty.daemon.log
+    assert not own.agent_says_frozen()
+    own.writes_go_on()
+    created = await api.create(own, method_xml=COPY_METHOD)  # and all others are well
+    await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+    for path in Path(made.folder).iterdir():
+        path.unlink()

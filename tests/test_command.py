@@ -1,0 +1,73 @@
+"""A program that is asked several things, and what becomes of one that does not answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import psutil
+import pytest
+
+from snapd_vm.command import CommandError, CommandTimedOut, Conversation
+from tests.lab.deadline import wait_until
+
+ECHO = "import sys\nfor line in sys.stdin: print(line.strip() * 2, flush=True)"
+SILENT = "import sys, time\nprint('here', flush=True)\ntime.sleep(100)"
+MANY = "print('x' * 100_000)\nprint('second', flush=True)"
+
+
+def talk(program: str) -> Conversation:
+    return Conversation([sys.executable, "-I", "-c", program])
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def test_each_line_is_answered() -> None:
+    before = children()
+    echo = talk(ECHO)
+    for word in ("ab", "ü", "x" * 70_000):
+        echo.say(word)
+        assert echo.hear(20) == word * 2
+    echo.close()
+    wait_until("it has ended, and its status was taken", lambda: children() <= before, 10)
+
+
+def test_several_lines_come_one_by_one() -> None:
+    many = talk(MANY)
+    assert many.hear(20) == "x" * 100_000
+    assert many.hear(20) == "second"
+    with pytest.raises(CommandError):
+        many.hear(20)
+
+
+def test_one_that_does_not_answer_is_killed() -> None:
+    before = children()
+    silent = talk(SILENT)
+    assert silent.hear(20) == "here"
+    (pid,) = children() - before
+    began = time.monotonic()
+    with pytest.raises(CommandTimedOut, match=r"within 0\.2 s"):
+        silent.hear(0.2)
+    assert time.monotonic() - began < 5
+    wait_until("it is gone", lambda: pid not in children(), 10)
+    with pytest.raises(CommandError):
+        silent.say("anything")
+
+
+def test_one_that_has_ended_says_so() -> None:
+    ended = talk("pass")
+    with pytest.raises(CommandError):
+        ended.hear(20)
+    with pytest.raises(CommandError):
+        Conversation(["/nowhere/at/all"])
+
+
+def test_it_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "of ours")
+    shown = talk("import os; print(sorted(os.environ), os.getcwd(), flush=True)")
+    assert shown.hear(20) == "['HOME', 'LC_ALL', 'PATH'] /"
+    shown.close()
+    assert os.environ["SECRET"]
