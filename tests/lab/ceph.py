@@ -24,6 +24,10 @@ from tests.lab.run import Run
 
 POOL = "vm"
 START_S = 60
+# An osd may serve a placement group for 0.8 of this without hearing from its peers, and one that has
+# none never finds out that it may again (its requests stay "waiting for readable"): so this is longer
+# than `suspend()` is used for.
+GRACE_S = 900
 MEMORY_MIB = 2048  # what the osd says that it has; what is not written takes none
 
 CONF = """[global]
@@ -41,6 +45,7 @@ osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
 osd crush update on start = false
+osd heartbeat grace = {grace}
 osd objectstore = memstore
 memstore device bytes = {memory}
 mon allow pool size one = true
@@ -112,8 +117,15 @@ class Ceph:
             self.port = probe.getsockname()[1]
         fsid, osd = str(uuids.uuid4()), str(uuids.uuid4())
         conf = self._server_conf
-        memory = MEMORY_MIB << 20
-        conf.write_text(CONF.format(fsid=fsid, port=self.port, folder=folder, memory=memory))
+        conf.write_text(
+            CONF.format(
+                fsid=fsid,
+                port=self.port,
+                folder=folder,
+                memory=MEMORY_MIB << 20,
+                grace=GRACE_S,
+            )
+        )
         self.conf.write_text(CLIENT.format(host=self.host, folder=folder))
         self._first_keys()
         monmap = folder / "monmap"

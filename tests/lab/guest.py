@@ -18,6 +18,7 @@ from tests.lab.pulse import Pulse
 from tests.lab.run import Run
 from tests.lab.stall import Stall, stall_of
 
+PAUSE_US = 2000  # between two writes to a disk, where nobody says otherwise
 BOOT_S = 90  # it takes 3 s; a machine with two cores and many guests takes its time
 
 
@@ -32,12 +33,14 @@ class Guest:
         disks: tuple[Disk, ...],
         ports: Ports,
         agent: Agent,
+        pause_us: int = PAUSE_US,
     ) -> None:
         self.name = name
         self.uuid = uuid
         self.disks = disks
         self.ports = ports
         self.agent = agent
+        self.pause_us = pause_us
         self.control = Control(ports.control)
         self._hypervisor = hypervisor
 
@@ -76,6 +79,7 @@ class Guest:
         try:
             wait_until(f"{self.name} boots", answers, timeout, 0.05)
             self.wait_agent(timeout)
+            self.control.ask("pause", str(self.pause_us))
             # What the boot made it stand still for is nothing that a test wants to see.
             self.reset()
         except LabError as error:
@@ -148,8 +152,9 @@ class Guest:
         self.control.ask("reset")
 
     def writer(self, on: bool, pause_us: int | None = None) -> None:
-        """Writing on or off; `pause_us` (2000) between writes trades CPU for precision."""
+        """Writing on or off; `pause_us` between writes trades CPU for precision, and stays."""
         if pause_us is not None:
+            self.pause_us = pause_us
             self.control.ask("pause", str(pause_us))
         self.control.ask("writer", "on" if on else "off")
         if not on:
@@ -245,6 +250,7 @@ def make_guest(
     kernel_arguments: str = "",
     devices: str = "",
     elements: str = "",
+    pause_us: int = PAUSE_US,
 ) -> Guest:
     """Make the disks, define the domain, and unless told otherwise boot it."""
     if any(spec.filesystem == "xfs" for spec in specs):
@@ -270,7 +276,7 @@ def make_guest(
             elements=elements,
         )
     )
-    guest = Guest(hypervisor, whole_name, uuid, disks, ports, agent)
+    guest = Guest(hypervisor, whole_name, uuid, disks, ports, agent, pause_us)
     if start:
         guest.start()
     return guest

@@ -16,7 +16,7 @@ from tests.lab.cleanup import clean, cleanup
 from tests.lab.daemon import Daemon
 from tests.lab.deadline import LabError
 from tests.lab.disks import DiskSpec
-from tests.lab.guest import Guest, make_guest
+from tests.lab.guest import PAUSE_US, Guest, make_guest
 from tests.lab.guestxml import Agent
 from tests.lab.hypervisor import Hypervisor
 from tests.lab.image import guest_image
@@ -41,7 +41,11 @@ class Lab:
     block: BlockDevices
     ceph: Ceph
 
-    def __init__(self, *, libvirt: bool = True, polkit: bool = True) -> None:
+    def __init__(
+        self, *, libvirt: bool = True, polkit: bool = True, pause_us: int = PAUSE_US
+    ) -> None:
+        """`pause_us` is that between two writes of a guest, see Guest.writer."""
+        self._pause_us = pause_us
         self._with_libvirt = libvirt
         self._with_polkit = polkit
         self._stack = ExitStack()
@@ -112,6 +116,7 @@ class Lab:
             kernel_arguments=kernel_arguments,
             devices=devices,
             elements=elements,
+            pause_us=self._pause_us,
         )
 
     def folder(self, name: str) -> Path:

@@ -14,6 +14,10 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real.api import Api
 
+PAUSE_US = 20_000
+"""Between a guest's writes. A guest that writes all the time takes a third of a core, and several
+run at once; who measures to milliseconds, or wants all the load, sets another (Guest.writer)."""
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root")
 
 
@@ -22,7 +26,7 @@ def lab() -> Iterator[Lab]:
     """Bus, polkitd and libvirtd; guests and the daemon are started by who needs them."""
     if os.geteuid() != 0:
         pytest.skip("the lab needs root")
-    with Lab() as running:
+    with Lab(pause_us=PAUSE_US) as running:
         yield running
 
 

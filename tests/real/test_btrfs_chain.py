@@ -34,6 +34,7 @@ ROUNDS = 100
 def writing(lab: Lab, vm: Path) -> Iterator[Guest]:
     """A guest that writes to a qcow2 image in a subvolume."""
     running = lab.guest([DiskSpec(folder=vm)])
+    running.writer(True, pause_us=2000)
     yield running
     running.remove()
 

@@ -31,6 +31,7 @@ SHORT = {"agent_timeout_s": 1, "freeze_timeout_s": 2, "frozen_limit_s": 2}
 def two(lab: Lab) -> Iterator[Guest]:
     """A guest with a file system on each of two disks."""
     guest = lab.guest([DiskSpec(), DiskSpec()])
+    guest.writer(True, pause_us=2000)  # so that a stall of 20 ms is seen
     yield guest
     guest.remove()
 
