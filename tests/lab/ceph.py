@@ -24,9 +24,9 @@ from tests.lab.run import Run
 
 POOL = "vm"
 START_S = 60
-# An osd may serve a placement group for 0.8 of this without hearing from its peers, and one that has
-# none never finds out that it may again (its requests stay "waiting for readable"): so this is longer
-# than `suspend()` is used for.
+# An osd may serve a placement group for 0.8 of this without hearing from its peers, and one that
+# has none never finds out that it may again (its requests stay "waiting for readable"): so this is
+# longer than `suspend()` is used for.
 GRACE_S = 900
 MEMORY_MIB = 2048  # what the osd says that it has; what is not written takes none
 
