@@ -75,6 +75,7 @@ async def test_who_may_not_cannot_tell_what_is_there(
     assert len(answers) == 1, answers
 
 
+@pytest.mark.measures
 async def test_nothing_is_asked_of_libvirt_before_the_yes(
     daemon: Lab, api: Api, lab: Lab, guest: Guest, rules: None
 ) -> None:

@@ -152,6 +152,7 @@ async def settled(api: Api, guest: Guest) -> None:
         await asyncio.sleep(0.2)
 
 
+@pytest.mark.measures
 async def test_a_hung_libvirtd_does_not_hang_us(daemon: Lab, api: Api, guest: Guest) -> None:
     daemon.libvirtd.suspend()
     try:

@@ -28,6 +28,8 @@ from tests.real.api import DOMAIN, NAME, QUIESCE_REQUIRED, VDA, path_of
 from tests.real.test_crash import active_file, files_of
 from tests.test_request_properties import ANYTHING
 
+pytestmark = pytest.mark.measures
+
 EXAMPLES = 200
 KNOWN = {
     error.dbus_name

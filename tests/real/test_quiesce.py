@@ -63,6 +63,7 @@ async def told(api: Api, path: str) -> dict[str, Any]:
     return await api.properties(path, SNAPSHOT)
 
 
+@pytest.mark.measures
 async def test_only_the_file_systems_of_the_disk_are_frozen(api: Api, two: Guest) -> None:
     two.reset()
     created = await api.create(two, flags=QUIESCE_REQUIRED)
@@ -87,6 +88,7 @@ async def test_a_disk_without_a_file_system_is_not_quiesced(api: Api, two: Guest
     assert (await told(api, created.snapshot))["FrozenFilesystems"] == 0
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("agent", ["none", "killed", "stopped"])
 async def test_no_dead_or_hung_agent(connect: Connect, daemon: Lab, lab: Lab, agent: str) -> None:
     guest = lab.guest(agent="none" if agent == "none" else "libvirt")
@@ -185,6 +187,7 @@ async def test_the_agent_hangs_at_the_thaw(
         assert answer.ours("consistency") == "crash"
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("required", [True, False])
 async def test_the_frozen_limit(connect: Connect, faulty: Lab, own: Guest, required: bool) -> None:
     """A switch that takes too long: the guest is thawed in the middle of it, in time."""
@@ -267,6 +270,7 @@ async def test_resumed_in_the_middle_is_not_paused(
     assert created.ours("consistency") == "crash"
 
 
+@pytest.mark.measures
 async def test_the_agents_timeout_is_put_back(api: Api, own: Guest, lab: Lab) -> None:
     await api.create(own, flags=QUIESCE_REQUIRED)
     own.stop_agent()
@@ -280,6 +284,7 @@ async def test_the_agents_timeout_is_put_back(api: Api, own: Guest, lab: Lab) ->
     own.cont_agent()
 
 
+@pytest.mark.measures
 async def test_no_quiesce_does_not_speak_to_the_agent(api: Api, own: Guest) -> None:
     own.stop_agent()
     started = time.monotonic()
@@ -304,6 +309,7 @@ async def test_an_agent_on_a_socket_of_its_own(api: Api, lab: Lab) -> None:
     guest.remove()
 
 
+@pytest.mark.measures
 async def test_the_frozen_time_is_what_the_guest_saw(api: Api, own: Guest) -> None:
     await api.create(own)  # what is loaded at the first time is loaded
     own.reset()

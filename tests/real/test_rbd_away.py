@@ -30,6 +30,8 @@ from tests.real.test_revert import places
 
 __all__ = ["ceph", "faulty", "places"]
 
+pytestmark = pytest.mark.timeout(300)
+
 AWAY_S = 60
 FROZEN_LIMIT_S = 10
 

@@ -242,6 +242,7 @@ async def test_the_vcpus_stand_still_between_two_methods(
     three.writes_go_on()
 
 
+@pytest.mark.measures
 @MIXED
 @pytest.mark.parametrize("flags", [NO_QUIESCE, QUIESCE_REQUIRED])
 async def test_they_do_not_stand_still_for_longer_than_the_limit(
