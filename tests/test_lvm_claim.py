@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from snapd_vm import command
+from snapd_vm.config import LvmConfig
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
 from snapd_vm.methods import devicemapper, lvmclaim
+from snapd_vm.methods.lvm import Lvm
 from snapd_vm.methods.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag
 
@@ -130,6 +133,19 @@ def test_a_raw_volume_is_one_by_default(volume: Disk) -> None:
     found = claim(volume)
     assert (found.vg, found.lv, found.kind, found.wanted) == ("v-g", "lv", "thick", 0)
     assert found.device == found.file == f"/dev/v-g/snapd-vm-{TAG.uuid}"
+
+
+def test_it_is_found_without_a_program(volume: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Disks` of a host with hundreds of domains asks so of each disk."""
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(command, "run", started)
+    method = Lvm(None, "/mounts", LvmConfig(), 10, 10)  # type: ignore[arg-type]
+    found = method.claim(domain(volume), volume, None, TAG)
+    assert found is not None
+    assert method.claim(domain(disk("/dev/sda")), disk("/dev/sda"), None, TAG) is None
 
 
 @pytest.mark.parametrize("name", ["/dev/v-g/lv", "/dev/mapper/v--g-lv"])
