@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +72,7 @@ class Lvm:
         low_space_percent: int,
     ) -> None:
         self._hypervisor = hypervisor
-        self._mount_dir = mount_dir
+        self._mount_dir = os.path.realpath(mount_dir)  # as the table of mounts has it
         self._config = config
         self._limit = frozen_limit_s * _MARGIN
         self._low_space_percent = low_space_percent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 
@@ -15,6 +16,7 @@ from snapd_vm.model import Tag, Target
 log = logging.getLogger(__name__)
 
 _BLOCK = 4 << 20
+_libc = ctypes.CDLL(None, use_errno=True)  # syncfs(2), which Python lacks
 
 
 def check_alone(disk: str, one: LvmTarget) -> None:
@@ -35,7 +37,7 @@ def check_alone(disk: str, one: LvmTarget) -> None:
 
 
 def write_out(hypervisor: cloneback.Hypervisor, one: LvmTarget) -> None:
-    """Have written what the page cache holds. Raises StorageFailed."""
+    """Have written what the page cache holds, of a file system all. Raises StorageFailed."""
     try:
         if not one.image:
             fd = os.open(one.origin, os.O_RDONLY | os.O_CLOEXEC)
@@ -43,6 +45,8 @@ def write_out(hypervisor: cloneback.Hypervisor, one: LvmTarget) -> None:
             with open_folder(hypervisor, os.path.dirname(one.image)) as folder:
                 fd = clone.open_image(folder, os.path.basename(one.image), one.identity)
         try:
+            if one.image and _libc.syncfs(fd) == -1:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
             os.fsync(fd)
         finally:
             os.close(fd)
