@@ -215,6 +215,8 @@ def pool(data: str, metadata: str) -> Lv:
 def test_a_pool_must_have_room_for_data_and_metadata() -> None:
     of = lv(lv_size=str(100 * MIB), data_percent="50.00", lv_attr="Vwi-aotz--")
     assert not lvmsizes.thin("vda", of, pool("10.00", "10.00")).warnings
+    new = lv(lv_size=str(100 * MIB), data_percent="0.00", lv_attr="Vwi-a-tz--")
+    assert not lvmsizes.thin("vda", new, pool("97.00", "10.00")).warnings
     (warning,) = lvmsizes.thin("vda", of, pool("97.00", "10.00")).warnings
     assert f"up to {50 * MIB} bytes more" in warning
     with pytest.raises(NoSpace, match="thin pool of disk vda"):

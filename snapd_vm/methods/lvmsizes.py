@@ -83,7 +83,8 @@ def thin(disk: str, origin: Lv, pool: Lv) -> Room:
             f"The metadata of the thin pool of disk {disk} has {metadata} bytes left; extend it "
             "(lvextend --poolmetadatasize), or delete snapshots."
         )
-    used = int(origin.size * (origin.data_percent or 100.0) / 100)
+    share = 100.0 if origin.data_percent is None else origin.data_percent
+    used = int(origin.size * share / 100)
     if free >= used:
         return Room(POOL_RESERVE, free)
     return Room(
