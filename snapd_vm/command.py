@@ -98,9 +98,10 @@ def run(
 
     The environment is a fixed one (PATH, LC_ALL=C); standard input is `send`, no descriptor is
     inherited. When the time is over, or the program has written more than `most` bytes to stdout,
-    it is killed, with all that it started, and reaped. With `mark`, `end_marked` of a later process
-    finds it, and what it started, again. Raises CommandError, also for a status that is not 0 if
-    `check`; its message is the last line that the program wrote to stderr.
+    it is killed, with all that it started, and reaped. With `mark`, `end_marked` and
+    `wait_for_marked` of a later process find it, and what it started, again. Raises CommandError,
+    also for a status that is not 0 if `check`; its message is the last line that the program wrote
+    to stderr.
     """
     given = argv
     try:
@@ -167,6 +168,20 @@ def end_marked(mark: str) -> int:
                 os.kill(pid, signal.SIGKILL)
             ended.add(pid)
         time.sleep(0.01)
+
+
+def wait_for_marked(mark: str, timeout: float) -> bool:
+    """Wait for the end of what programs that were run with this mark have left; whether it came.
+
+    For those that must not be killed in the midst, of an earlier process too.
+    """
+    wanted = f"{_MARK}={mark}".encode()
+    deadline = time.monotonic() + timeout
+    while any(wanted in _environment(pid) for pid in _processes()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _processes() -> list[int]:

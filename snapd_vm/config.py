@@ -19,6 +19,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ExecutableConfig",
+    "LvmConfig",
     "PluginsConfig",
     "QemuConfig",
     "load",
@@ -58,6 +59,20 @@ class BtrfsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LvmConfig:
+    """The table `[lvm]`, for snapshots of volumes that are not thin and for which no size was said.
+
+    `snapshot_percent`: the share of the volume that such a one has room for; `snapshot_min_mib`: at
+    least so many MiB, if the volume is not smaller.
+    `warn_percent`: one that is filled to this share is warned of; 0: never.
+    """
+
+    snapshot_percent: int = 20
+    snapshot_min_mib: int = 1024
+    warn_percent: int = 70
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What the daemon can be told; times in seconds.
 
@@ -85,6 +100,7 @@ class Config:
     qemu: QemuConfig = field(default_factory=QemuConfig)
     plugins: PluginsConfig = field(default_factory=PluginsConfig)
     btrfs: BtrfsConfig = field(default_factory=BtrfsConfig)
+    lvm: LvmConfig = field(default_factory=LvmConfig)
 
 
 def load(path: Path | None) -> Config:
@@ -168,9 +184,20 @@ def _btrfs(table: Mapping[str, object]) -> BtrfsConfig:
     return BtrfsConfig("" if path == "" else _absolute("btrfs.snapshot_dir", path))
 
 
+def _lvm(table: Mapping[str, object]) -> LvmConfig:
+    most = {"snapshot_percent": (1, 200), "snapshot_min_mib": (1, 1 << 30), "warn_percent": (0, 99)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in most:
+            raise ConfigError(f"unknown key 'lvm.{key}'")
+        values[key] = _number(f"lvm.{key}", value, *most[key])
+    return LvmConfig(**values)
+
+
 _TABLES: Mapping[str, Callable[[Mapping[str, object]], object]] = {
     "qemu": _qemu,
     "btrfs": _btrfs,
+    "lvm": _lvm,
     "plugins": plugins,
 }
 """What reads the table of each method that has one."""

@@ -26,6 +26,7 @@ from snapd_vm.engine.journal import AnyStep, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.btrfs import Btrfs
+from snapd_vm.methods.lvm import Lvm
 from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu import Qemu
 from snapd_vm.methods.rbd import Rbd
@@ -51,6 +52,13 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
     table = settings.qemu
     in_order: Sequence[Method] = (
         Rbd(hypervisor, settings.frozen_limit_s, settings.low_space_percent),
+        Lvm(
+            hypervisor,
+            str(settings.state_dir / "mounts"),
+            settings.lvm,
+            settings.frozen_limit_s,
+            settings.low_space_percent,
+        ),
         Btrfs(hypervisor, settings.btrfs.snapshot_dir, settings.low_space_percent),
         Reflink(hypervisor, settings.low_space_percent),
         Qemu(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 
 import psutil
 import pytest
 
-from snapd_vm.command import CommandError, CommandTimedOut, Conversation
+from snapd_vm.command import (
+    CommandError,
+    CommandTimedOut,
+    Conversation,
+    run,
+    wait_for_marked,
+)
 from tests.lab.deadline import wait_until
 
 ECHO = "import sys\nfor line in sys.stdin: print(line.strip() * 2, flush=True)"
@@ -71,3 +78,15 @@ def test_it_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert shown.hear(20) == "['HOME', 'LC_ALL', 'PATH'] /"
     shown.close()
     assert os.environ["SECRET"]
+
+
+def test_one_that_must_not_be_killed_is_waited_for() -> None:
+    mark = f"test-{os.getpid()}"
+    one = threading.Thread(target=run, args=(["sleep", "1"],), kwargs={"timeout": 20, "mark": mark})
+    one.start()
+    wait_until("it runs", lambda: not wait_for_marked(mark, 0), 10)
+    began = time.monotonic()
+    assert wait_for_marked(mark, 20)
+    assert 0.3 < time.monotonic() - began < 10
+    assert wait_for_marked(mark, 0)
+    one.join()

@@ -17,6 +17,7 @@ def test_what_is_not_said_has_its_default() -> None:
     assert found.qemu.overlay_dirs == ("/a",)
     assert config.parse({"btrfs": {"snapshot_dir": "/a"}}).btrfs.snapshot_dir == "/a"
     assert config.parse({"btrfs": {"snapshot_dir": ""}}) == Config()
+    assert config.parse({"lvm": {"snapshot_percent": 50}}).lvm.snapshot_percent == 50
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,9 @@ def test_what_is_not_said_has_its_default() -> None:
         ({"btrfs": {"snapshot_dir": "kept"}}, "'btrfs.snapshot_dir' must be an absolute path"),
         ({"btrfs": {"snapshot_dir": ["/a"]}}, "'btrfs.snapshot_dir' must be an absolute path"),
         ({"btrfs": {"snapshot_dirs": "/a"}}, "unknown key 'btrfs.snapshot_dirs'"),
+        ({"lvm": {"snapshot_percent": 0}}, "'lvm.snapshot_percent' must be a whole number from 1"),
+        ({"lvm": {"warn_percent": 100}}, "'lvm.warn_percent' must be a whole number from 0 to 99"),
+        ({"lvm": {"size": 5}}, "unknown key 'lvm.size'"),
         ({"btrfs": "/a"}, "'btrfs' must be a table"),
         ({"low_space_percent": 100}, "'low_space_percent' must be a whole number"),
         ({"lock_timeout_s": 0}, "'lock_timeout_s' must be a whole number of seconds from 1"),

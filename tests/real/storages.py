@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from tests.inside_vm.volumes import Group
 from tests.lab.blockdev import Mounted
 from tests.lab.ceph import POOL
 from tests.lab.deadline import wait_until
@@ -328,6 +329,73 @@ class ClusterImages:
         return {"PYTHONPATH": str(self._without)}
 
 
+class Volumes:
+    """Method lvm: a raw disk on a logical volume, thick or thin; the host needs device mapper."""
+
+    method, format = "lvm", "raw"
+    snapshot_s = 120.0
+
+    def __init__(self, lab: Lab, group: Group, device: Path) -> None:
+        self.config: Mapping[str, Any] = {}
+        self._group, self._device = group, device
+        self.guest = lab.guest([DiskSpec(format="raw", device=device)])
+        self._without = lab.folder("without")
+
+    def contents(self) -> Collection[str]:
+        return self._group.contents()
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        size = ("-L", "80M") if self._device.name == "thick" else ("-kn",)
+        words = ("lvcreate", "-q", "-y", "-s", "-pr", "-n", NOT_OURS, *size)
+        with self._another(NOT_OURS, *words, f"{self._group.name}/{self._device.name}"):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        name = f"snapd-vm-{operation}"
+        words = ("lvcreate", "-q", "-y", "-Wn", "-n", name, "-L", "4M", self._group.name)
+        with self._another(name, *words):
+            yield
+
+    @contextmanager
+    def _another(self, name: str, *words: str) -> Iterator[None]:
+        run(*words)
+        before = self._group.volumes()[name]
+        yield
+        assert self._group.volumes()[name] == before
+        run("lvremove", "-q", "-y", "--", f"{self._group.name}/{name}")
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        name = self._group.name
+        if self._device.name == "thick":
+            run("lvcreate", "-q", "-y", "-Wn", "-n", "filler", "-l", "100%FREE", name)
+        else:
+            filler = self._group.thin("filler", 512)
+            words = ("lvs", "--noheadings", "-o", "data_percent", f"{name}/pool")
+            with filler.open("r+b") as file:
+                while float(run(*words)) < 97:
+                    file.write(os.urandom(2 << 20))
+                    file.flush()
+                    os.fsync(file.fileno())
+        yield
+        run("lvremove", "-q", "-y", f"{name}/filler")
+
+    def crippled(self) -> Mapping[str, str] | None:
+        (self._without / "sitecustomize.py").write_text(
+            f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n"
+            "from snapd_vm import command\n"
+            "found = command.which\n"
+            "missing = 'lvcreate'\n"
+            "command.which = lambda name, **how: None if name == missing else found(name, **how)\n"
+        )
+        return {"PYTHONPATH": f"{self._without}:{os.environ.get('PYTHONPATH', '')}"}
+
+
 def _array(lab: Lab, mounted: Mounted) -> Storage:
     return Copies(lab, mounted, Array.install(lab, mounted.path / "copies"))
 
@@ -380,11 +448,27 @@ def _in_ceph(lab: Lab) -> Iterator[Storage]:
         storage.guest.remove()
 
 
+@contextmanager
+def _in_group(lab: Lab, kind: str) -> Iterator[Storage]:
+    group = Group(lab, f"conformance-{kind}", 640)
+    if kind == "thick":
+        device = group.linear(kind, 64)
+    else:
+        group.pool(mib=256)
+        device = group.thin(kind, 64)
+    storage = Volumes(lab, group, device)
+    yield storage
+    storage.guest.remove()
+    group.remove()
+
+
 STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
     "qemu": lambda lab: _mounted(lab, "ext4", 400, Overlays),
     "reflink": lambda lab: _mounted(lab, "xfs", 600, Clones),
     "btrfs": lambda lab: _mounted(lab, "btrfs", 600, Subvolumes),
     "rbd": _in_ceph,
+    "lvm": lambda lab: _in_group(lab, "thick"),
+    "lvm-thin": lambda lab: _in_group(lab, "thin"),
     "array": lambda lab: _mounted(lab, "xfs", 300, _array),
     "copy": lambda lab: _mounted(lab, "ext4", 300, _plugin),
 }

@@ -1,0 +1,326 @@
+"""Method lvm, killed at every step and in the midst of lvm's own programs; the domains are off."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import time
+import uuid as uuids
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapd_vm.config import LvmConfig
+from snapd_vm.engine.journal import DeleteStep, RevertStep, Step
+from snapd_vm.methods.lvm import Lvm
+from snapd_vm.model import Disk, Domain, Tag
+from tests.inside_vm.test_lvm import group, guest_on, nothing_left
+from tests.inside_vm.volumes import Group, fill, read
+from tests.lab.deadline import wait_until
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.program import run
+from tests.real.api import SNAPSHOT, Api, ApiError, Created
+from tests.real.conftest import Connect, connect, lab
+from tests.real.places import Places, refused
+from tests.real.test_crash import FAULTY, faulty
+from tests.real.test_delete import DAEMON, delete
+from tests.real.test_revert import places, revert
+from tests.real.test_revert_faults import AS_IT_WAS
+
+__all__ = ["connect", "faulty", "group", "lab", "nothing_left", "places"]
+
+GONE = "org.freedesktop.DBus.Error.NoReply"
+KINDS = ("thick", "thin")
+NEVER_WHILE_OFF = (Step.FROZEN, Step.THAWED, Step.STOPPED)
+"""Steps that a Create of a domain that is off does not come to."""
+
+
+def with_kinds(steps: list[Any]) -> list[Any]:
+    """Each step, with the kinds of volumes in turn."""
+    return list(zip(steps, cycle(KINDS), strict=False))
+
+
+async def whole_or_nothing(
+    api: Api, guest: Guest, group: Group, before: list[str], was: bytes
+) -> str:
+    """Assert that the snapshot is there and listed, or nothing of it; which of the two."""
+    assert not group.suspended()
+    snapshots = await api.snapshots_of(guest)
+    if not snapshots:
+        assert group.contents() == before
+        return "nothing"
+    ((path, told),) = snapshots.items()
+    assert told["State"] == "ready"
+    assert read(Created("", await api.backup_source(path)).file) == was
+    assert len(group.contents()) == len(before) + 1
+    return "snapshot"
+
+
+async def dead(lab: Lab) -> None:
+    await asyncio.to_thread(wait_until, "it is dead", lambda: not lab.daemon.running, 20)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"), with_kinds([s for s in Step if s not in NEVER_WHILE_OFF])
+)
+async def test_killed_at(
+    connect: Connect, faulty: Lab, places: Places, group: Group, step: Step, kind: str
+) -> None:
+    device = group.device(kind)
+    fill(device, 1)
+    before, was = group.contents(), read(device)
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    await refused(api.create(guest, name="killed"), GONE)
+    await dead(faulty)
+    faulty.daemon.start({}, argv=DAEMON)
+    await places.known(api)
+    outcome = await whole_or_nothing(api, guest, group, before, was)
+    steps = list(Step)
+    stands = steps.index(step) >= steps.index(Step.SWITCHED)
+    assert outcome == ("snapshot" if stands else "nothing")
+    created = await api.create(guest)
+    assert read(created.file) == was
+    for path in await api.snapshots_of(guest):
+        await api.call(path, SNAPSHOT, "Delete", "u", 0)
+    assert group.contents() == before
+
+
+@pytest.mark.parametrize(("step", "kind"), with_kinds(list(DeleteStep)))
+async def test_killed_in_a_delete_at(
+    connect: Connect, faulty: Lab, places: Places, group: Group, step: DeleteStep, kind: str
+) -> None:
+    device = group.device(kind)
+    before = group.contents()
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    created = await api.create(guest)
+    was = read(device)
+    await refused(delete(api, created), GONE)
+    await dead(faulty)
+    faulty.daemon.start({}, argv=DAEMON)
+    await places.known(api)
+    outcome = await whole_or_nothing(api, guest, group, before, was)
+    assert outcome == ("snapshot" if step is DeleteStep.CHECKED else "nothing")
+    assert read(device) == was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", list(RevertStep))
+async def test_killed_in_a_revert_at(
+    connect: Connect, faulty: Lab, places: Places, group: Group, step: RevertStep, kind: str
+) -> None:
+    device = group.device(kind)
+    fill(device, 2)
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", step, "--do", "kill"))
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    created = await api.create(guest)
+    wanted = read(device)
+    fill(device, 2, 1)
+    was, before = read(device), group.contents()
+    await refused(revert(api, created), GONE)
+    await dead(faulty)
+    faulty.daemon.start({}, argv=DAEMON)
+    await places.known(api)
+    states = [row["State"] for row in (await api.snapshots_of(guest)).values()]
+    assert states == ["ready"]
+    # A copy that may have begun is gone on with; a thin one is undone, or done.
+    undone = (RevertStep.CHECKED, RevertStep.BEGUN) if kind == "thick" else AS_IT_WAS
+    assert read(device) == (was if step in undone else wanted)
+    assert read(created.file) == wanted
+    assert [line.split()[:2] for line in group.contents()] == [line.split()[:2] for line in before]
+    assert not any("snapd-vm.revert" in row["lv_tags"] for row in group.volumes().values())
+    await revert(api, created)
+    assert read(device) == wanted
+    await delete(api, created)
+
+
+# -- in the midst of a program ---------------------------------------------------------------------
+
+
+def processes(name: str) -> list[int]:
+    """The processes of this name."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                found.append(int(pid))
+    return found
+
+
+def kill_in(lab: Lab, program: str, when: Callable[[], object], after: float) -> bool:
+    """Kill the daemon and the program that it runs, `after` seconds after this is so; whether."""
+    deadline = time.monotonic() + 60
+    while not processes(program):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    while not when():
+        if not processes(program):
+            return False
+    time.sleep(after)
+    killed = processes(program)
+    for pid in killed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    lab.daemon.kill()
+    return bool(killed)
+
+
+@pytest.fixture
+def standing(group: Group) -> Iterator[None]:
+    """Let everything go on at the end, for the next test's sake."""
+    yield
+    for name in group.suspended():
+        run("dmsetup", "resume", name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_lvcreate_that_is_killed_leaves_nothing(
+    connect: Connect, faulty: Lab, places: Places, group: Group, standing: None, kind: str
+) -> None:
+    """Whenever that is; also while the volume stands still, and the guest with it."""
+    device = group.device(kind)
+    fill(device, 1)
+    faulty.daemon.start({}, argv=DAEMON)
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    before, was = group.contents(), read(device)
+    stood_still = False
+    for when, after in [(group.suspended, 0.0), (lambda: True, 0.02), (lambda: True, 0.1)]:
+        call = asyncio.create_task(api.create(guest))
+        killed = await asyncio.to_thread(kill_in, faulty, "lvcreate", when, after)
+        with suppress(ApiError):
+            await call
+        stood_still = stood_still or bool(group.suspended())
+        if faulty.daemon.running:
+            faulty.daemon.kill()
+        faulty.daemon.start({}, argv=DAEMON)
+        await places.known(api)
+        outcome = await whole_or_nothing(api, guest, group, before, was)
+        assert outcome == "nothing" or not killed
+        for path in await api.snapshots_of(guest):
+            await api.call(path, SNAPSHOT, "Delete", "u", 0)
+        assert group.contents() == before
+        fill(device, 1)  # it takes writes
+        was = read(device)
+    assert stood_still, "no kill came while the volume stood still"
+    await delete(api, await api.create(guest))
+
+
+async def test_an_lvcreate_that_outlives_the_daemon_is_waited_for(
+    connect: Connect, faulty: Lab, places: Places, group: Group
+) -> None:
+    device = group.device("thick")
+    faulty.daemon.start({}, argv=DAEMON)
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    before, was = group.contents(), read(device)
+    call = asyncio.create_task(api.create(guest))
+    await asyncio.to_thread(wait_until, "lvcreate runs", lambda: processes("lvcreate"), 30, 0.001)
+    (pid,) = processes("lvcreate")
+    os.kill(pid, signal.SIGSTOP)
+    faulty.daemon.kill()
+    await refused(call, GONE)
+    begun = asyncio.create_task(asyncio.to_thread(faulty.daemon.start, {}, argv=DAEMON))
+    await asyncio.sleep(8)
+    os.kill(pid, signal.SIGCONT)
+    await begun
+    await places.known(api)
+    assert await whole_or_nothing(api, guest, group, before, was) in ("snapshot", "nothing")
+    assert not processes("lvcreate")
+
+
+# -- started meanwhile -----------------------------------------------------------------------------
+
+
+async def test_a_domain_that_is_started_before_the_switch(
+    connect: Connect, faulty: Lab, places: Places, group: Group, tmp_path: Path
+) -> None:
+    device, flag = group.device("thin"), tmp_path / "flag"
+    fill(device, 1)
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", RevertStep.ARMED, "--do", f"wait:{flag}"))
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    created = await api.create(guest)
+    fill(device, 1, 1)
+    was, before = read(device), group.contents()
+    call = asyncio.create_task(revert(api, created))
+    await asyncio.to_thread(wait_until, "it is armed", flag.exists, 60)
+    guest.domain.createWithFlags(1)  # VIR_DOMAIN_START_PAUSED
+    flag.unlink()
+    await refused(call, "InvalidState")
+    guest.domain.destroy()
+    assert read(device) == was
+    assert group.contents() == before
+    await delete(api, created)
+
+
+class OneDomain:
+    """What a revert asks of the hypervisor, of one domain that may be started at any moment."""
+
+    def __init__(self, device: Path) -> None:
+        source = f"<source dev='{device}'/>"
+        disk = Disk("vda", "disk", "block", "raw", str(device), source, "<disk/>")
+        self.domain = Domain("uuid", "web", -1, "shutoff", "qemu", True, (disk,))
+
+    def read(self, uuid: str) -> Domain:
+        return self.domain
+
+    def managed_save(self, uuid: str) -> bool:
+        return False
+
+    def user_of(self, path: str, uuid: str, target: str) -> str:
+        return ""
+
+    def start(self) -> None:
+        self.domain = dataclasses.replace(self.domain, id=1, state="running")
+
+
+def test_a_domain_that_was_started_on_what_was_to_be_discarded_keeps_it(group: Group) -> None:
+    """Between the check and the renames, which no lock prevents."""
+    device = group.device("thin")
+    fill(device, 1)
+    hypervisor, uuid = OneDomain(device), str(uuids.uuid4())
+    tag = Tag(uuid, "name", "uuid", "web", 0)
+    method = Lvm(hypervisor, "/nowhere", LvmConfig(), 10, 10)  # type: ignore[arg-type]
+    target = method.claim(hypervisor.domain, hypervisor.domain.disks[0], None, tag)
+    assert target is not None
+    (target,) = method.prepare([target], tag, lambda _: None)
+    method.create([target], tag)
+    assert method.taken(target, tag)
+    fill(device, 1, 1)
+    was, before = read(device), group.contents()
+    target = method.check_revert(target, tag, [])
+    target = method.prepare_revert(target, tag, lambda _: None)
+    with device.open("rb"):
+        method.revert(target, tag, Watcher())
+        assert read(device) != was
+        hypervisor.start()
+        assert method.settle_revert(target, tag) is False
+        assert read(device) == was
+    assert group.contents() == before
+    method.delete(target, tag, Watcher())
+
+
+class Watcher:
+    """Somebody who lets all happen."""
+
+    cancelled = False
+    spoilt = False
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def past_return(self) -> None: ...
+
+    def spoil(self) -> None: ...
