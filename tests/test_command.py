@@ -93,7 +93,7 @@ def away(tmp_path: Path) -> Iterator[Path]:
         finally:
             subprocess.run(["fsfreeze", "--unfreeze", point], check=True)
     finally:
-        umount = ["umount", point]
+        umount = ["umount", str(point)]
         wait_until(
             "it is unmounted", lambda: subprocess.run(umount, check=False).returncode == 0, 20
         )
