@@ -19,7 +19,7 @@ BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev 
 LAB_PACKAGES   := libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
                   qemu-utils qemu-guest-agent busybox-static cpio polkitd dbus systemd libglib2.0-bin \
                   e2fsprogs xfsprogs btrfs-progs ceph-mon ceph-osd ceph-mgr ceph-common \
-                  qemu-block-extra libvirt-daemon-driver-storage-rbd
+                  qemu-block-extra libvirt-daemon-driver-storage-rbd mmdebstrap
 BENCH_PACKAGES := python3-dbus-next python3-libvirt python3-lxml python3-systemd \
                   libvirt-dbus snapper firewalld
 PACKAGES       := $(BUILD_PACKAGES) $(LAB_PACKAGES)

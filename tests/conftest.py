@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,9 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _forbid_skip(report)
     return report
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """What is for the inside of a host VM is run there only, by tests/real/test_hostvm_*.py."""
+    inside = "inside_vm" in collection_path.parts and not os.environ.get("SNAPD_VM_INSIDE")
+    return True if inside else None

@@ -1,4 +1,4 @@
-"""`python -m tests.lab up|clean`: the lab by hand, for people and for `make lab`."""
+"""`python -m tests.lab up|clean|vm|vm-run`: the lab by hand, for people and for `make lab`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from tests.lab.cleanup import cleanup
 from tests.lab.deadline import LabError
+from tests.lab.hostvm import ENVIRONMENT, LAB, HostVm, attached, sync
 from tests.lab.lab import Lab
 
 USAGE = """usage: python -m tests.lab up      a guest, libvirt, a bus, polkitd, the daemon, a shell
-       python -m tests.lab clean   take away what killed runs have left"""
+       python -m tests.lab clean   take away what killed runs have left
+       python -m tests.lab vm      a host VM, until stdin closes or ^C comes
+       python -m tests.lab vm -- COMMAND …     a host VM, and one command in it
+       python -m tests.lab vm-run -- COMMAND … brings the checkout in the running one up to date,
+                                               and runs a command in it"""
+COMMAND_S = 24 * 3600
 
 
 def up() -> int:
@@ -47,19 +55,56 @@ def clean() -> int:
     return 0
 
 
+def vm(command: Sequence[str]) -> int:
+    """A host VM, and one command in it or as many as `vm-run` runs."""
+    begun = time.monotonic()
+    with HostVm() as running:
+        print(f"# up after {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+        if command:
+            return running.run(command, timeout=COMMAND_S, output=show).returncode
+        running.publish()
+        running.lend()
+        print("# python -m tests.lab vm-run -- COMMAND", file=sys.stderr, flush=True)
+        wait_for_end()
+    return 0
+
+
+def vm_run(command: Sequence[str]) -> int:
+    """One command in the host VM that `vm` keeps running for this checkout."""
+    port = attached()
+    sync(port)
+    where = f"{LAB}/checkout"
+    done = port.run(command, env=ENVIRONMENT, cwd=where, timeout=COMMAND_S, output=show)
+    return done.returncode
+
+
+def show(stream: str, part: bytes) -> None:
+    """Pass on what a command in the VM prints."""
+    target = sys.stdout if stream == "out" else sys.stderr
+    target.buffer.write(part)
+    target.flush()
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Do what the one argument says."""
-    commands = {"up": up, "clean": clean}
-    if len(arguments) != 1 or arguments[0] not in commands:
-        print(USAGE, file=sys.stderr)
-        return 2
+    """Do what the first argument says."""
+    commands: dict[str, Callable[[], int]] = {"up": up, "clean": clean, "vm": lambda: vm([])}
+    match list(arguments):
+        case [name] if name in commands:
+            do = commands[name]
+        case ["vm", "--", *command] if command:
+            do = partial(vm, command)
+        case ["vm-run", "--", *command] if command:
+            do = partial(vm_run, command)
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2
     if os.geteuid() != 0:
         print("The lab starts guests and services of its own: run it as root.", file=sys.stderr)
         return 1
     # SIGTERM leaves the `with` block as ^C does, so that all is taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        return commands[arguments[0]]()
+        return do()
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1

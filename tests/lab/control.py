@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.lab.deadline import LabError
+from tests.lab.deadline import SLOWNESS, LabError
 
 
 class NoAnswerError(LabError):
@@ -34,6 +34,7 @@ class Control:
 
     def ask(self, *words: str, timeout: float = 10) -> dict[str, Any]:
         """Send a command, and hand back what the guest answers to it."""
+        timeout *= SLOWNESS
         with self._lock:
             end = time.monotonic() + timeout
             number = str(next(self._ids))

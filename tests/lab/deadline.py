@@ -5,12 +5,15 @@ It must not know what is waited for: every other file of the lab imports it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+# Where all takes longer, as in a host VM, every wait of the lab may last so many times as long.
+SLOWNESS = float(os.environ.get("SNAPD_VM_LAB_SLOWNESS", "1"))
 
 
 class LabError(Exception):
@@ -23,6 +26,7 @@ def wait_until(what: str, probe: Callable[[], T | None], timeout: float, pause: 
     Looking at the world again and again is the only way that needs no trust in the events of the
     thing under test; a fixed sleep would be both too long and, on a busy machine, too short.
     """
+    timeout *= SLOWNESS
     end = time.monotonic() + timeout
     while True:
         answer = probe()
@@ -39,6 +43,7 @@ def bounded(what: str, call: Callable[[], T], timeout: float) -> T:
     The thread of a call that does not come back is left behind: there is no way to stop it, and it
     is a daemon thread, so that it does not keep the test run alive.
     """
+    timeout *= SLOWNESS
     answers: list[T] = []
     errors: list[BaseException] = []
 

@@ -50,12 +50,17 @@ def cache_dir() -> Path:
 
 @functools.cache
 def guest_image() -> GuestImage:
-    """The image made from what this machine has installed, built if it is not there yet."""
+    """The image made from what this machine has installed, built if it is not there yet.
+
+    In a host VM it is the one that the machine outside has.
+    """
+    if ready := os.environ.get("SNAPD_VM_LAB_GUEST"):
+        return GuestImage(Path(ready, "vmlinuz"), Path(ready, "initramfs"))
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    package, version = _kernel_package()
+    package, version = kernel_package()
     folder = cache / f"guest-{_ingredients(package, version)}"
-    with _locked(cache / "lock"):
+    with locked(cache / "lock"):
         if not folder.is_dir():
             building = cache / "building"
             shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
@@ -70,13 +75,14 @@ def guest_image() -> GuestImage:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file while the `with` block runs."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _kernel_package() -> tuple[str, str]:
+def kernel_package() -> tuple[str, str]:
     """The package with the kernel proper, which the package of the constant name depends on."""
     for update in (False, True):
         if update:  # a fresh machine may have no package lists yet
@@ -137,20 +143,21 @@ def _fetch_kernel(package: str, folder: Path, unpacked: Path) -> None:
 def _fill_root(root: Path, unpacked: Path) -> None:
     for name in ("bin", "sbin", "usr/sbin", "proc", "sys", "dev", "run", "mnt", "tmp", "modules"):
         (root / name).mkdir(parents=True)
-    _install(BUSYBOX, root / "bin/busybox")
+    install(BUSYBOX, root / "bin/busybox")
     (root / "bin/sh").symlink_to("busybox")
-    _install(INSIDE / "init", root / "init")
+    install(INSIDE / "init", root / "init")
     (root / "sbin/shutdown").write_text(SHUTDOWN)
     (root / "sbin/shutdown").chmod(0o755)
     for path in [AGENT, *_libraries()]:
-        _install(path, root / path.relative_to("/"))
+        install(path, root / path.relative_to("/"))
     for module in MODULES:
-        _install(next(unpacked.rglob(f"{module}.ko")), root / f"modules/{module}.ko")
+        install(next(unpacked.rglob(f"{module}.ko")), root / f"modules/{module}.ko")
     (root / "modules/order").write_text("\n".join(MODULES))
     run(*COMPILE, "-o", root / "sbin/guestd", *sorted(INSIDE.glob("*.c")))
 
 
-def _install(source: Path, target: Path) -> None:
+def install(source: Path, target: Path, mode: int = 0o755) -> None:
+    """Copy a file to where it is needed, in folders made for it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    target.chmod(0o755)
+    target.chmod(mode)

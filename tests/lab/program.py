@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.lab.deadline import LabError
+from tests.lab.deadline import SLOWNESS, LabError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,7 @@ def attempt(
     stdin: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run it whatever its exit status, if asked as another user with that user's groups only."""
+    timeout *= SLOWNESS
     words = [str(word) for word in argv]
     whole_env = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
     account = account_of(user) if user is not None else None
