@@ -176,6 +176,15 @@ def test_a_pool_that_is_suspended_is_asked_for_nothing(programs: Programs, tmp_p
     assert programs.ran
 
 
+def test_what_is_in_a_pool_that_is_not_imported_nobody_can_say(
+    programs: Programs, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageFailed, match="import it"):
+        zfsdataset.refuse_absent("tank/vm")
+    (tmp_path / "tank").mkdir()
+    zfsdataset.refuse_absent("tank/vm")
+
+
 def test_room_and_what_a_thick_volume_needs(programs: Programs) -> None:
     programs.answer = "tank/thin\t1000\t0\t300\ntank/thick\t5000\t4000\t700\ntank/none\t9\t-\t-\n"
     rooms = zfsdataset.rooms(["tank/thin", "tank/thick", "tank/none"])

@@ -141,7 +141,11 @@ class Zfs:
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         """See Method. A program that waited for its pool may have its way late, so it is ended."""
         _end(tag)
-        return _remove(ZfsTarget.of(target))
+        one = ZfsTarget.of(target)
+        if _remove(one):
+            return True
+        zfsdataset.refuse_absent(one.dataset)
+        return False
 
     def check_delete(self, target: Target, tag: Tag) -> None:
         """Refused while anybody reads it, clones it or holds it, or a definition names it."""

@@ -17,7 +17,7 @@ from snapd_vm.errors import (
     NotUnderDisk,
     StorageFailed,
 )
-from snapd_vm.methods import chain, zfsdataset, zfsplace
+from snapd_vm.methods import chain, zfsdataset, zfsplace, zfsview
 from snapd_vm.methods.folder import Hypervisor, check_links
 from snapd_vm.methods.zfstarget import ZfsTarget
 from snapd_vm.model import Disk, Domain, Json, Needs, Tag, Target
@@ -145,6 +145,11 @@ def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
     name = f"snapd-vm-{tag.operation or tag.uuid}"
     shown = bool(place.snapshots) and not mount
     folder = os.path.join(place.snapshots, name)
+    if not shown and not zfsview.can_mount():
+        raise MethodNotSupported(
+            f"The dataset of disk {disk.target} is mounted where nobody else would see its "
+            "snapshots; mount it in the host's own mount namespace."
+        )
     if not shown:  # disks that are taken together may be in several datasets
         digest = hashlib.sha256(os.fsencode(place.dataset)).hexdigest()
         folder = f"{MOUNTS}/{name}.{digest[:8]}"

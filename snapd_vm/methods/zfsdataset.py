@@ -144,6 +144,12 @@ def refuse_suspended(names: Iterable[str]) -> None:
         )
 
 
+def refuse_absent(dataset: str) -> None:
+    """Raise StorageFailed where its pool is not imported, so that nobody can say what is there."""
+    if not (_KSTAT / pool_of(dataset)).is_dir():
+        raise StorageFailed(f"The pool {pool_of(dataset)} is not there; import it.")
+
+
 def rooms(datasets: Sequence[str]) -> Mapping[str, Room]:
     """The room of each of them. Raises SnapdErrors."""
     columns = "name,available,usedbyrefreservation,referenced"

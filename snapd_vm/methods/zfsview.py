@@ -13,9 +13,11 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from snapd_vm import command, mounts, storage
-from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, StorageFailed, TimedOut
+from snapd_vm.errors import Busy, NameInUse, StorageFailed, TimedOut
 from snapd_vm.methods import zfsdataset, zfsplace
 from snapd_vm.methods.zfstarget import ZfsTarget, device_of
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 _MOUNT_S = 20.0
 _DEVICE_S = 15.0
 _BUSY_S = 5.0
+_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 _OPTIONS = "ro,nosuid,nodev,noexec"
 
 
@@ -107,6 +110,11 @@ def destroy(name: str) -> bool:
         return there
 
 
+def can_mount() -> bool:
+    """Whether everybody would see what we mount."""
+    return mounts.in_host() or _SYSTEMD.is_dir()
+
+
 def _show_volume(one: ZfsTarget) -> None:
     if device(one) is None:
         try:
@@ -130,24 +138,27 @@ def _mount(one: ZfsTarget) -> None:
     with storage.open_folder(os.path.dirname(one.folder), {0}, {0}, "make it root's own") as place:
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.basename(one.folder), 0o700, dir_fd=place)
-    argv = ["mount", "-t", "zfs", "-o", _OPTIONS, one.full, one.folder]
-    if not mounts.in_host():  # what is mounted in a sandbox, nobody else sees
-        argv = ["systemd-mount", "--quiet", "--no-ask-password", "--type=zfs"]
-        argv += [f"--options={_OPTIONS}", one.full, one.folder]
-    _program(argv, f"The snapshot can't be mounted on {one.folder}")
+    argv = ["mount", "-t", "zfs", "-o", _OPTIONS, "--", one.full, one.folder]
+    _in_host(argv, f"The snapshot can't be mounted on {one.folder}")
+    if mounted_at(one) is None:
+        raise StorageFailed("The snapshot was mounted where the daemon does not see it.")
     log.info("mounted %s", one.full)
 
 
 def _unmount(folder: str) -> None:
-    argv = ["umount", folder]
+    _in_host(["umount", "--", folder], f"The snapshot can't be unmounted from {folder}")
+
+
+def _in_host(argv: Sequence[str], what: str) -> None:
+    """Run a program in the mount namespace of the host: what is mounted in a sandbox, nobody else
+    sees. systemd-mount(1) would do, if it took for a source what is no path.
+    """
     if not mounts.in_host():
-        argv = ["systemd-mount", "--quiet", "--no-ask-password", "--umount", folder]
-    _program(argv, f"The snapshot can't be unmounted from {folder}")
-
-
-def _program(argv: list[str], what: str) -> None:
-    if not command.installed(argv[0]):
-        raise MethodNotSupported(f"{what}: the program {argv[0]} is not installed.")
+        argv = [
+            "systemd-run",
+            *["--quiet", "--wait", "--pipe", "--collect", "--no-ask-password", "--"],
+            *argv,
+        ]
     try:
         command.run(argv, timeout=_MOUNT_S)
     except command.CommandTimedOut as error:

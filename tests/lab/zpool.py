@@ -73,6 +73,7 @@ def make_pool(lab: Lab, size_mib: int = 1024) -> Pool:
     os.truncate(disk, size_mib << 20)
     path = lab.folder(name)
     options = ("-O", "compression=off", "-O", f"mountpoint={path}", "-O", "atime=off")
+    run("modprobe", "zfs")
     run("zpool", "create", "-f", *options, name, disk, timeout=120)
     path.chmod(0o755)
     return Pool(name, path, disk)
