@@ -23,7 +23,7 @@ _snapd_vm() {
 
     case $prev in
         --method)
-            mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink -" -- "$cur")
+            mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink zfs -" -- "$cur")
             # One from outside: the service knows.
             ((${#COMPREPLY[@]})) || _snapd_vm_words "$cur" methods
             return ;;
@@ -53,7 +53,7 @@ _snapd_vm() {
             create:[1-9]* | plan:1 | [gs]et-method:1)
                 _snapd_vm_words "$cur" disks "$domain" ;;
             set-method:2)
-                mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink -" -- "$cur") ;;
+                mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink zfs -" -- "$cur") ;;
             delete:* | revert:0)
                 _snapd_vm_words "$cur" snapshots ;;
         esac

@@ -29,6 +29,7 @@ _MOST = 64 << 20
 _MOST_STDERR = 1 << 20
 _PIECE = 1 << 16
 _END_S = 5.0
+_REAP_S = 0.3
 _ENVIRONMENT = {"PATH": _PATH, "LC_ALL": "C", "HOME": "/"}
 
 
@@ -98,10 +99,11 @@ def run(
 
     The environment is a fixed one (PATH, LC_ALL=C); standard input is `send`, no descriptor is
     inherited. When the time is over, or the program has written more than `most` bytes to stdout,
-    it is killed, with all that it started, and reaped. With `mark`, `end_marked` and
-    `wait_for_marked` of a later process find it, and what it started, again. Raises CommandError,
-    also for a status that is not 0 if `check`; its message is the last line that the program wrote
-    to stderr.
+    it is killed, with all that it started, and reaped. One that the kernel does not let end, as it
+    waits for a storage that is away, is left to end by itself. With `mark`, `end_marked` and
+    `wait_for_marked` find it, and what it started, again, in a later process too. Raises
+    CommandError, also for a status that is not 0 if `check`; its message is the last line that the
+    program wrote to stderr.
     """
     given = argv
     try:
@@ -116,7 +118,7 @@ def run(
         env[_MARK] = mark
     out, err = bytearray(), bytearray()
     try:
-        with subprocess.Popen(
+        process = subprocess.Popen(
             [program, *argv[1:]],
             stdin=subprocess.PIPE if send else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -125,12 +127,14 @@ def run(
             cwd="/",
             umask=0o077 if rights is not None else -1,
             start_new_session=True,  # a terminal's Ctrl-C is for the daemon, which then decides
-        ) as process:
-            try:
-                _exchange(process, send, most, time.monotonic() + timeout, out, err)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is its own
-                raise
+        )
+        try:
+            _exchange(process, send, most, time.monotonic() + timeout, out, err)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is its own
+            raise
+        finally:
+            _let_go(process)
     except subprocess.TimeoutExpired:
         raise CommandTimedOut(
             f"{given[0]} did not end within {timeout:g} s", os.fsdecode(bytes(err))
@@ -193,6 +197,19 @@ def _environment(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:  # it has ended, or it is none of ours to look at
         return []
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Take the status of a process that has ended, or was killed; later, if it does not end."""
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
+    try:
+        process.wait(_REAP_S)
+    except subprocess.TimeoutExpired:
+        log.warning("process %d does not end, as it waits for a storage", process.pid)
+        threading.Thread(target=process.wait, name="reaper", daemon=True).start()
 
 
 class _TooMuch(Exception):

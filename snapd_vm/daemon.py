@@ -31,6 +31,7 @@ from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu import Qemu
 from snapd_vm.methods.rbd import Rbd
 from snapd_vm.methods.reflink import Reflink
+from snapd_vm.methods.zfs import Zfs
 from snapd_vm.virt.connection import ConnectionPool, start_event_loop
 from snapd_vm.virt.hypervisor import Hypervisor
 from snapd_vm.virt.inventory import Inventory
@@ -59,6 +60,7 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
             settings.frozen_limit_s,
             settings.low_space_percent,
         ),
+        Zfs(hypervisor, settings.frozen_limit_s, settings.low_space_percent),
         Btrfs(hypervisor, settings.btrfs.snapshot_dir, settings.low_space_percent),
         Reflink(hypervisor, settings.low_space_percent),
         Qemu(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
+from snapd_vm import command
 from snapd_vm.command import (
     CommandError,
     CommandTimedOut,
@@ -90,3 +94,44 @@ def test_one_that_must_not_be_killed_is_waited_for() -> None:
     assert 0.3 < time.monotonic() - began < 10
     assert wait_for_marked(mark, 0)
     one.join()
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Iterator[Path]:
+    """A storage where whoever writes waits in the kernel, which no signal ends."""
+    image, point = tmp_path / "image", tmp_path / "point"
+    image.touch()
+    os.truncate(image, 16 << 20)
+    point.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, point], check=True)
+    try:
+        subprocess.run(["fsfreeze", "--freeze", point], check=True)
+        try:
+            yield point
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", point], check=True)
+    finally:
+        umount = ["umount", str(point)]
+        wait_until(
+            "it is unmounted", lambda: subprocess.run(umount, check=False).returncode == 0, 20
+        )
+
+
+def test_one_that_no_signal_ends_holds_up_nobody(
+    away: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+    began = time.monotonic()
+    with pytest.raises(CommandTimedOut):
+        command.run(["touch", str(away / "file")], timeout=0.5, mark="away")
+    assert time.monotonic() - began < 3
+    (pid,) = children() - before
+    assert psutil.Process(pid).status() == psutil.STATUS_DISK_SLEEP
+    monkeypatch.setattr(command, "_END_S", 0.2)
+    with pytest.raises(CommandError, match="does not end"):  # it may have its way still
+        command.end_marked("away")
+    subprocess.run(["fsfreeze", "--unfreeze", away], check=True)
+    wait_until("it has ended, and its status was taken", lambda: children() <= before, 10)
+    assert command.end_marked("away") == 0
+    subprocess.run(["fsfreeze", "--freeze", away], check=True)

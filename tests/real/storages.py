@@ -24,6 +24,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import CHECKOUT, run
+from tests.lab.zpool import Pool, make_pool
 from tests.real import images
 from tests.real.api import Created
 from tests.real.arrays import Array, Plugin
@@ -267,6 +268,68 @@ class Subvolumes:
         return {"PYTHONPATH": str(self._without)}
 
 
+class Datasets:
+    """Method zfs: a raw image in a dataset, or on a volume. Only where the kernel has ZFS."""
+
+    method, format = "zfs", "raw"
+    snapshot_s = 120.0
+
+    def __init__(self, lab: Lab, pool: Pool, *, volume: bool) -> None:
+        self.config: Mapping[str, Any] = {"agent_timeout_s": 30, "freeze_timeout_s": 30}
+        self.config = {**self.config, "frozen_limit_s": 30}
+        self._pool = pool
+        self._area = f"{pool.name}/area"
+        pool.dataset("area")
+        if volume:
+            self._disk = f"{self._area}/vm"
+            spec = DiskSpec(format="raw", device=pool.volume("area/vm"))
+        else:
+            self._disk = self._area
+            spec = DiskSpec(format="raw", folder=pool.path / "area")
+        self.guest = lab.guest([spec])
+        self._without = lab.folder("without")
+
+    def contents(self) -> Collection[str]:
+        return self._pool.everything()
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, "raw", to)
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        with self._another(NOT_OURS):
+            yield
+
+    @contextmanager
+    def in_the_way(self, operation: str, label: str) -> Iterator[None]:
+        with self._another(f"snapd-vm-{operation}"):
+            yield
+
+    @contextmanager
+    def _another(self, name: str) -> Iterator[None]:
+        snapshot = f"{self._disk}@{name}"
+        run("zfs", "snapshot", snapshot)
+        before = run("zfs", "get", "-H", "guid,userrefs,clones", snapshot)
+        yield
+        assert run("zfs", "get", "-H", "guid,userrefs,clones", snapshot) == before
+        run("zfs", "destroy", snapshot)
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        used = int(self._pool.get(self._area, "used"))
+        run("zfs", "set", f"quota={used + (900 << 10)}", self._area)
+        yield
+        run("zfs", "set", "quota=none", self._area)
+
+    def crippled(self) -> Mapping[str, str] | None:
+        (self._without / "sitecustomize.py").write_text(
+            f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n"
+            "from snapd_vm import command\n"
+            "command._PATH = '/nowhere'\n"
+        )
+        return {"PYTHONPATH": str(self._without)}
+
+
 class ClusterImages:
     """Method rbd: a raw image in a Ceph cluster."""
 
@@ -440,6 +503,15 @@ def _mounted(
 
 
 @contextmanager
+def _in_pool(lab: Lab, *, volume: bool) -> Iterator[Storage]:
+    pool = make_pool(lab)
+    storage = Datasets(lab, pool, volume=volume)
+    yield storage
+    storage.guest.remove()
+    pool.destroy()
+
+
+@contextmanager
 def _in_ceph(lab: Lab) -> Iterator[Storage]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CEPH_CONF", str(lab.ceph.start().conf))  # as a person has it in /etc/ceph
@@ -469,6 +541,8 @@ STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
     "rbd": _in_ceph,
     "lvm": lambda lab: _in_group(lab, "thick"),
     "lvm-thin": lambda lab: _in_group(lab, "thin"),
+    "zfs": lambda lab: _in_pool(lab, volume=False),
+    "zvol": lambda lab: _in_pool(lab, volume=True),
     "array": lambda lab: _mounted(lab, "xfs", 300, _array),
     "copy": lambda lab: _mounted(lab, "ext4", 300, _plugin),
 }

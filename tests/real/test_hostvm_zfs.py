@@ -1,0 +1,112 @@
+"""Method zfs in the host VM, whose kernel has ZFS: its own tests and the conformance suite there,
+and the installed service, confined by its unit, as systemd runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+from lxml import etree
+
+from tests.lab.hostvm import HostVm
+from tests.lab.program import CHECKOUT, run
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root"),
+    pytest.mark.timeout(1800),
+]
+WEB = """<domain type='qemu'>
+  <name>web</name><memory unit='MiB'>64</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/><source file='/tank/vm/images/web.raw'/><target dev='vda'/>
+    </disk>
+    <disk type='block' device='disk'>
+      <driver name='qemu' type='raw'/><source dev='/dev/zvol/tank/web'/><target dev='vdb'/>
+    </disk>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/><source file='/srv/shown/web.raw'/><target dev='vdc'/>
+    </disk>
+  </devices>
+</domain>
+"""
+SET_UP = """
+modprobe zfs
+zpool create -f tank /dev/disk/by-id/virtio-data1
+zfs create tank/vm && mkdir /tank/vm/images
+zfs create tank/hidden && mkdir /tank/hidden/images
+zfs create -s -V 16M tank/web && udevadm settle
+mkdir -p /srv/shown && mount --bind /tank/hidden/images /srv/shown && umount /tank/hidden
+for image in /tank/vm/images/web.raw /dev/zvol/tank/web /srv/shown/web.raw; do
+    dd if=/dev/urandom of=$image bs=1M count=4 conv=fsync status=none
+done
+zfs list -H -t all -o name,userrefs > /root/before
+"""
+
+
+@pytest.fixture(scope="module")
+def vm() -> Iterator[HostVm]:
+    """The host VM, for all tests here."""
+    with HostVm() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def installed(vm: HostVm, tmp_path_factory: pytest.TempPathFactory) -> HostVm:
+    """The same with `make install`'s result, and a domain that is off, with three disks on ZFS."""
+    staging = tmp_path_factory.mktemp("installed")
+    run("make", "--silent", "install", f"DESTDIR={staging}", cwd=CHECKOUT)
+    (staging / "root").mkdir()
+    (staging / "root/web.xml").write_text(WEB)
+    vm.copy_in(staging, "/")
+    vm.check("systemctl", "daemon-reload")
+    vm.check("systemctl", "reload", "dbus")
+    vm.check("bash", "-euc", SET_UP, timeout=120)
+    vm.check("virsh", "define", "/root/web.xml", timeout=120)
+    return vm
+
+
+def inside(vm: HostVm, *words: str, timeout: float, **env: str) -> None:
+    """Run pytest there; nothing may fail or skip."""
+    argv = ["python3", "-m", "pytest", "-q", "--durations=15", *words]
+    done = vm.run(argv, timeout=timeout, env=env)
+    print(done.stdout[-8000:])
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
+    assert re.search(r"\d+ passed", done.stdout)
+    assert "skipped" not in done.stdout
+
+
+def test_confined_by_its_unit_the_service_snapshots_all_three(installed: HostVm) -> None:
+    vm = installed
+    answer = vm.check("snapd-vm", "create", "web", "vda", "vdb", "vdc", "--json", timeout=180)
+    rows = json.loads(answer)
+    assert [row["method"] for row in rows] == ["zfs"] * 3
+    sources = [etree.fromstring(row["backup_source"]) for row in rows]
+    paths = [source.get("file") or source.get("dev") or "" for source in sources]
+    assert "/tank/vm/.zfs/snapshot/" in paths[0]
+    assert paths[1].startswith("/dev/zvol/tank/snapd-vm-")
+    assert paths[2].startswith("/run/snapd-vm/zfs/")
+    origins = ("/tank/vm/images/web.raw", "/dev/zvol/tank/web", "/srv/shown/web.raw")
+    for path, origin in zip(paths, origins, strict=True):  # seen from outside the sandbox
+        vm.check("cmp", path, origin)
+    vm.check("systemctl", "restart", "snapd-vm", timeout=120)
+    for path, origin in zip(paths, origins, strict=True):
+        vm.check("cmp", path, origin)
+    name = rows[0]["name"]
+    for target in ("vda", "vdb", "vdc"):
+        vm.check("snapd-vm", "delete", f"web/{target}/{name}", timeout=120)
+    vm.check("bash", "-c", "zfs list -H -t all -o name,userrefs | diff /root/before -")
+    assert vm.check("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").count("@") == 0
+
+
+def test_on_real_pools(vm: HostVm) -> None:
+    inside(vm, "tests/inside_vm/test_zfs.py", timeout=900)
+
+
+def test_the_conformance_suite_on_a_dataset(vm: HostVm) -> None:
+    inside(vm, "tests/real/test_conformance.py", timeout=1200, SNAPD_VM_STORAGES="zfs")
