@@ -219,9 +219,9 @@ def attached() -> Port:
 
 def sync(port: Port) -> None:
     """Bring the checkout in the VM up to date with the one outside."""
-    # What is gone outside must go inside too; compiled files fit their sources, or are not used.
-    script = 'rm -rf "$1.new"; mkdir "$1.new"; tar -C "$1.new" -x; rm -rf "$1"; mv "$1.new" "$1"'
+    # What is gone outside must go inside too. What is compiled stays: it is used if it fits.
+    script = 'cd "$1"; find . -type f ! -name "*.pyc" -delete; tar -xz'
     argv = ["sh", "-e", "-c", script, "sh", f"{LAB}/checkout"]
-    done = port.run(argv, env=ENVIRONMENT, cwd="/", timeout=120, stdin=checkout_tar())
+    done = port.run(argv, env=ENVIRONMENT, cwd="/", timeout=120, stdin=checkout_tar(compiled=False))
     if done.returncode:
         raise LabError(f"unpacking the checkout in the VM: {done.stderr}")
