@@ -73,6 +73,10 @@ def host_vm_image() -> HostVmImage:
     sources = _sources()
     folder = cache / f"hostvm-{_digest(version, sources, Path(__file__), BUSYBOX, *_inside())}"
     modules = cache / f"hostvm-zfs-{_digest(version, sources, INSIDE / 'zfs.sh')}"
+    image = HostVmImage(folder / "vmlinuz", folder / "initramfs", folder / "root.raw")
+    if folder.is_dir():  # nobody waits for the build of another one
+        os.utime(folder)
+        return image
     with locked(cache / "hostvm.lock"):
         if not folder.is_dir():
             building = cache / "hostvm-building"
@@ -80,12 +84,11 @@ def host_vm_image() -> HostVmImage:
             building.mkdir()
             _build(building, sources, modules)
             building.rename(folder)
-        os.utime(folder)
         os.utime(modules)
         for old in cache.glob("hostvm-*"):
             if old.stat().st_mtime < time.time() - KEEP_UNUSED_S:
                 shutil.rmtree(old)
-    return HostVmImage(folder / "vmlinuz", folder / "initramfs", folder / "root.raw")
+    return image
 
 
 def _sources() -> str:

@@ -13,11 +13,6 @@ export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 chroot "$all" apt-get -q update
 # The headers are of the kernel's own version, and so is what they are built with.
 chroot "$all" apt-get -q install -y --no-install-recommends zfs-dkms "linux-headers-$kernel"
-for module in spl zfs; do
-    built=$(find "$all/lib/modules/$kernel/updates" -name "$module.ko*")
-    case $built in
-        *.xz) xz -dc "$built" > "$folder/modules/$module.ko" ;;
-        *) cp "$built" "$folder/modules/" ;;
-    esac
-    strip --strip-debug "$folder/modules/$module.ko"
-done
+find "$all/lib/modules/$kernel/updates" -name '*.ko' -exec cp '{}' "$folder/modules/" ';'
+test -e "$folder/modules/zfs.ko"
+strip --strip-debug "$folder/modules/"*.ko
