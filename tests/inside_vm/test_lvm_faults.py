@@ -114,8 +114,10 @@ async def test_killed_in_a_delete_at(
     assert read(device) == was
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", list(RevertStep))
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [*with_kinds(list(RevertStep)), (RevertStep.ARMED, "thick"), (RevertStep.SWITCHED, "thin")],
+)
 async def test_killed_in_a_revert_at(
     connect: Connect, faulty: Lab, places: Places, group: Group, step: RevertStep, kind: str
 ) -> None:
