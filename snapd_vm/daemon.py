@@ -56,7 +56,6 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
             hypervisor,
             str(settings.state_dir / "mounts"),
             settings.lvm,
-            settings.frozen_limit_s,
             settings.low_space_percent,
         ),
         Btrfs(hypervisor, settings.btrfs.snapshot_dir, settings.low_space_percent),
