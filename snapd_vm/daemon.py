@@ -57,7 +57,6 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
             hypervisor,
             str(settings.state_dir / "mounts"),
             settings.lvm,
-            settings.frozen_limit_s,
             settings.low_space_percent,
         ),
         Zfs(hypervisor, settings.frozen_limit_s, settings.low_space_percent),

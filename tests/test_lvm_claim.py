@@ -142,7 +142,7 @@ def test_it_is_found_without_a_program(volume: Disk, monkeypatch: pytest.MonkeyP
         raise AssertionError("a program was started")
 
     monkeypatch.setattr(command, "run", started)
-    method = Lvm(None, "/mounts", LvmConfig(), 10, 10)  # type: ignore[arg-type]
+    method = Lvm(None, "/mounts", LvmConfig(), 10)  # type: ignore[arg-type]
     found = method.claim(domain(volume), volume, None, TAG)
     assert found is not None
     assert method.claim(domain(disk("/dev/sda")), disk("/dev/sda"), None, TAG) is None

@@ -49,8 +49,11 @@ from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
 log = logging.getLogger(__name__)
 
-_MARGIN = 0.9
-"""Of the time that a guest may be frozen; the rest is for thawing it."""
+_CREATE_S = 60.0
+"""After which an lvcreate is killed; the guest goes on before that, by the engine's own timer. It
+waits for udev several times, which may be slow; without that (--noudevsync) it fails for thick
+snapshots, as it finds no device to clear.
+"""
 _PATIENCE_S = 60.0
 """How long an lvcreate of an earlier life of the daemon is waited for."""
 _FRESH_S = 5.0
@@ -68,13 +71,11 @@ class Lvm:
         hypervisor: cloneback.Hypervisor,
         mount_dir: str,
         config: LvmConfig,
-        frozen_limit_s: float,
         low_space_percent: int,
     ) -> None:
         self._hypervisor = hypervisor
         self._mount_dir = os.path.realpath(mount_dir)  # as the table of mounts has it
         self._config = config
-        self._limit = frozen_limit_s * _MARGIN
         self._low_space_percent = low_space_percent
         self._revert = lvmrevert.VolumeRevert(hypervisor)
         self._unasked: set[str] = set()  # snapshots that lvcreate was certainly not asked for
@@ -180,7 +181,6 @@ class Lvm:
 
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One lvcreate each, and nothing else."""
-        end = time.monotonic() + self._limit
         for target in targets:
             one, size = LvmTarget.of(target), target.data["room"]
             self._unasked.discard(one.snapshot)
@@ -190,7 +190,7 @@ class Lvm:
                 one.name,
                 size=size if isinstance(size, int) else 0,
                 tags=lvmtags.made(one.snapshot, tag),
-                limit=max(1.0, end - time.monotonic()),
+                limit=_CREATE_S,
                 mark=one.name,
             )
 

@@ -114,8 +114,10 @@ async def test_killed_in_a_delete_at(
     assert read(device) == was
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", list(RevertStep))
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [*with_kinds(list(RevertStep)), (RevertStep.ARMED, "thick"), (RevertStep.SWITCHED, "thin")],
+)
 async def test_killed_in_a_revert_at(
     connect: Connect, faulty: Lab, places: Places, group: Group, step: RevertStep, kind: str
 ) -> None:
@@ -293,7 +295,7 @@ def test_a_domain_that_was_started_on_what_was_to_be_discarded_keeps_it(group: G
     fill(device, 1)
     hypervisor, uuid = OneDomain(device), str(uuids.uuid4())
     tag = Tag(uuid, "name", "uuid", "web", 0)
-    method = Lvm(hypervisor, "/nowhere", LvmConfig(), 10, 10)  # type: ignore[arg-type]
+    method = Lvm(hypervisor, "/nowhere", LvmConfig(), 10)  # type: ignore[arg-type]
     target = method.claim(hypervisor.domain, hypervisor.domain.disks[0], None, tag)
     assert target is not None
     (target,) = method.prepare([target], tag, lambda _: None)

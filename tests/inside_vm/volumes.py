@@ -19,6 +19,8 @@ class Group:
 
     def __init__(self, lab: Lab, name: str = "snapd-lab", size_mib: int = 1200) -> None:
         self.name = name
+        if Path("/dev", name).exists():  # of tests that were killed
+            run("vgremove", "-q", "-y", "-ff", "--", name)
         self._loop: Loop = lab.block.loop(size_mib)
         run("pvcreate", "-q", "-y", "-ff", self._loop.device)
         run("vgcreate", "-q", "-y", name, self._loop.device)

@@ -399,7 +399,8 @@ class Volumes:
     snapshot_s = 120.0
 
     def __init__(self, lab: Lab, group: Group, device: Path) -> None:
-        self.config: Mapping[str, Any] = {}
+        # Under TCG an lvcreate, which waits for udev, takes seconds.
+        self.config: Mapping[str, Any] = {"frozen_limit_s": 60}
         self._group, self._device = group, device
         self.guest = lab.guest([DiskSpec(format="raw", device=device)])
         self._without = lab.folder("without")

@@ -12,7 +12,10 @@ import pytest
 
 from tests.lab.hostvm import HostVm
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root"),
+    pytest.mark.timeout(1500),
+]
 
 PYTEST = ("python3", "-m", "pytest", "-q", "--durations=5")
 
