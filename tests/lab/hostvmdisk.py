@@ -16,6 +16,8 @@ from tests.lab.program import CHECKOUT, run
 # What Debian's packages in the VM do not bring. Compiled for this machine's Python, they still fit:
 # psutil is built for the stable ABI.
 TESTS_NEED = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "psutil")
+# Debian's dbus_next takes GLib along where it is, which takes seconds and warns.
+NO_GLIB = 'raise ImportError("the tests do without GLib, in here as outside")\n'
 SIZE = "1G"
 
 
@@ -25,22 +27,23 @@ def payload_disk(disk: Path, staging: Path) -> None:
     for path in (guest_image().kernel, guest_image().initramfs):
         shutil.copyfile(path, staging / "guest" / path.name)
     _copy_packages(staging / "packages")
-    with tarfile.open(fileobj=io.BytesIO(checkout_tar())) as packed:
+    (staging / "packages/gi.py").write_text(NO_GLIB)
+    with tarfile.open(fileobj=io.BytesIO(checkout_tar(compiled=True))) as packed:
         packed.extractall(staging / "checkout", filter="fully_trusted")
     run("mkfs.ext4", "-q", "-d", staging, disk, SIZE, timeout=120)
     shutil.rmtree(staging)
 
 
-def checkout_tar() -> bytes:
+def checkout_tar(*, compiled: bool) -> bytes:
     """The files that git knows, or would if it were asked to, and what Python has compiled."""
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in _files():
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
+        for path in _files(compiled):
             archive.add(path, str(path.relative_to(CHECKOUT)), recursive=False)
     return packed.getvalue()
 
 
-def _files() -> Iterator[Path]:
+def _files(compiled: bool) -> Iterator[Path]:
     listed = run("git", "ls-files", "-z", "-c", "-o", "--exclude-standard", cwd=CHECKOUT)
     folders = set()
     for name in sorted(set(listed.split("\0")) - {""}):
@@ -48,7 +51,7 @@ def _files() -> Iterator[Path]:
         if path.is_symlink() or path.exists():  # else it is removed, and git not told yet
             yield path
             folders.add(path.parent)
-    for folder in sorted(folders):
+    for folder in sorted(folders) if compiled else ():
         yield from sorted((folder / "__pycache__").glob("*.pyc"))
 
 

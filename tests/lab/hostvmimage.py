@@ -49,7 +49,7 @@ UNWANTED = ("libvirtd.service",)
 # What only one who has a pool of ZFS needs at boot. (Its programs load the modules too.)
 POOLS_UNITS = ("zfs-load-module.service", "systemd-udev-settle.service")
 POOLS_ONLY = "[Unit]\nConditionFileNotEmpty=/etc/zfs/zpool.cache\n"
-FSTAB = "/dev/disk/by-id/virtio-payload /lab ext4 noatime,x-systemd.device-timeout=60 0 0\n"
+FSTAB = "/dev/disk/by-id/virtio-payload /lab ext4 noatime,x-systemd.device-timeout=300 0 0\n"
 SIZE = "6G"
 KEEP_UNUSED_S = 14 * 24 * 3600
 AGENT_UNIT = "lab-agent.service"
@@ -71,19 +71,24 @@ def host_vm_image() -> HostVmImage:
     cache.mkdir(parents=True, exist_ok=True)
     _, version = kernel_package()
     sources = _sources()
-    folder = cache / f"hostvm-{_ingredients(version, sources)}"
+    folder = cache / f"hostvm-{_digest(version, sources, Path(__file__), BUSYBOX, *_inside())}"
+    modules = cache / f"hostvm-zfs-{_digest(version, sources, INSIDE / 'zfs.sh')}"
+    image = HostVmImage(folder / "vmlinuz", folder / "initramfs", folder / "root.raw")
+    if folder.is_dir():  # nobody waits for the build of another one
+        os.utime(folder)
+        return image
     with locked(cache / "hostvm.lock"):
         if not folder.is_dir():
             building = cache / "hostvm-building"
             shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
             building.mkdir()
-            _build(building, sources)
+            _build(building, sources, modules)
             building.rename(folder)
-        os.utime(folder)
+        os.utime(modules)
         for old in cache.glob("hostvm-*"):
             if old.stat().st_mtime < time.time() - KEEP_UNUSED_S:
                 shutil.rmtree(old)
-    return HostVmImage(folder / "vmlinuz", folder / "initramfs", folder / "root.raw")
+    return image
 
 
 def _sources() -> str:
@@ -98,19 +103,28 @@ def _sources() -> str:
     return "\n".join(found) + "\n"
 
 
-def _ingredients(kernel_version: str, sources: str) -> str:
+def _inside() -> list[Path]:
+    return sorted(path for path in INSIDE.iterdir() if path.is_file())
+
+
+def _digest(kernel_version: str, sources: str, *files: Path) -> str:
     digest = hashlib.sha256(f"{kernel_version} {sources}".encode())
-    for path in [Path(__file__), BUSYBOX, *sorted(INSIDE.iterdir())]:
+    for path in files:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _build(folder: Path, sources: str) -> None:
+def _build(folder: Path, sources: str, modules: Path) -> None:
     root = folder / "root"
     _bootstrap(root, sources)
-    apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private")
-    run(*apart, "sh", "-e", INSIDE / "zfs.sh", root, timeout=1200)
-    shutil.rmtree(folder / "zfs")
+    if not modules.is_dir():
+        _build_modules(root, folder / "zfs")
+        (folder / "zfs/modules").rename(modules)
+        shutil.rmtree(folder / "zfs")
+    kernel = next((root / "lib/modules").iterdir())
+    for module in modules.iterdir():
+        install(module, kernel / "extra" / module.name, 0o644)
+    run("depmod", "-b", root, kernel.name)
     _set_up(root)
     shutil.copyfile(next((root / "boot").glob("vmlinuz-*")), folder / "vmlinuz")
     _initramfs(folder, root)
@@ -131,7 +145,12 @@ def _bootstrap(root: Path, sources: str) -> None:
         # The VM has an initramfs of its own.
         "--dpkgopt=path-exclude=/etc/kernel/postinst.d/initramfs-tools",
     )
-    run("mmdebstrap", *options, SUITE, root, "-", stdin=sources, timeout=1200)
+    run("mmdebstrap", *options, SUITE, root, "-", stdin=sources, timeout=3000)
+
+
+def _build_modules(root: Path, folder: Path) -> None:
+    apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private")
+    run(*apart, "sh", "-e", INSIDE / "zfs.sh", root, folder, timeout=3000)
 
 
 def _set_up(root: Path) -> None:
