@@ -713,3 +713,45 @@ async def test_an_encrypted_dataset_and_a_name_with_a_space(
         assert (await api.properties(path_of(guest), DOMAIN))["State"] == "shutoff"
         await delete(api, created)
     assert pool.everything() == before
+
+
+async def test_a_pool_that_does_not_answer(
+    lab: Lab, connect: Connect, places: Places, tmp_path: Path
+) -> None:
+    """The call ends all the same, and what ZFS was asked for comes late, and is taken back."""
+    flag, loop = tmp_path / "flag", lab.block.loop(256)
+    api = await serve(lab, connect, (*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
+    name = f"slow{uuids.uuid4().hex[:6]}"
+    sectors = run("blockdev", "--getsz", loop.device).strip()
+    run("dmsetup", "create", name, "--table", f"0 {sectors} linear {loop.device} 0")
+    slow = make_pool(lab, disk=Path(f"/dev/mapper/{name}"))
+    try:
+        guest = await guest_on(api, places, raw(new(slow)[1]))
+        before = slow.everything()
+        call = asyncio.create_task(api.create(guest))
+        await asyncio.to_thread(wait_until, "it is to be taken", flag.exists, 60)
+        run("dmsetup", "suspend", "--nolockfs", name)
+        try:
+            flag.unlink()
+            await refused(call, "TimedOut")
+            error = await refused(api.create(guest), "Busy")
+            assert "settled" in error.text
+        finally:
+            run("dmsetup", "resume", name)
+        deadline = asyncio.get_running_loop().time() + 90
+        while slow.everything() != before:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.2)
+        while True:
+            try:
+                created = await api.create(guest)
+                break
+            except ApiError as error:
+                assert error.name == "Busy"
+                assert asyncio.get_running_loop().time() < deadline
+        await delete(api, created)
+        assert slow.everything() == before
+    finally:
+        slow.destroy()
+        run("dmsetup", "remove", "--retry", name)
+        loop.detach()

@@ -62,15 +62,20 @@ class Pool:
             lambda: attempt(["zpool", "destroy", "-f", self.name]).returncode == 0,
             30,
         )
-        self.disk.unlink(missing_ok=True)
+        if self.disk.is_file():
+            self.disk.unlink()
 
 
-def make_pool(lab: Lab, size_mib: int = 1024) -> Pool:
-    """A pool that QEMU's user can use too, without compression, so that its room can be told."""
+def make_pool(lab: Lab, size_mib: int = 1024, disk: Path | None = None) -> Pool:
+    """A pool that QEMU's user can use too, without compression, so that its room can be told.
+
+    It is on a file, unless it is given a device.
+    """
     name = f"lab{uuids.uuid4().hex[:8]}"
-    disk = lab.folder("pools") / f"{name}.img"
-    disk.touch()
-    os.truncate(disk, size_mib << 20)
+    if disk is None:
+        disk = lab.folder("pools") / f"{name}.img"
+        disk.touch()
+        os.truncate(disk, size_mib << 20)
     path = lab.folder(name)
     options = ("-O", "compression=off", "-O", f"mountpoint={path}", "-O", "atime=off")
     run("modprobe", "zfs")
