@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from snapd_vm import mounts
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import lvmvolumes
@@ -149,9 +150,12 @@ def nothing_left(group: Group) -> Iterator[None]:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that only root can write to, as are those above it."""
-    made = Path("/var/lib/snapd-vm-t")
+    made = Path(f"/var/lib/snapd-vm-test-{uuids.uuid4()}")
     made.mkdir(0o700)
     yield made
+    for mount in reversed(mounts.table()):  # of a test that failed
+        if Path(mount.point).is_relative_to(made):
+            run("umount", mount.point)
     shutil.rmtree(made)
 
 
