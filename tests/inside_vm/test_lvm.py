@@ -35,12 +35,14 @@ def on(device: Path | str, size: str = "") -> str:
 @pytest.fixture(scope="module")
 def group(lab: Lab) -> Iterator[Group]:
     """One for all tests, with a volume of each kind, and a file system on a third."""
-    made = Group(lab)
+    loop = lab.block.loop(1200)
+    made = Group(loop.device)
     made.pool()
     made.linear("thick")
     made.thin("thin")
     yield made
     made.remove()
+    loop.detach()
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import time
-import uuid as uuids
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import cycle
@@ -16,10 +14,7 @@ from typing import Any
 
 import pytest
 
-from snapd_vm.config import LvmConfig
 from snapd_vm.engine.journal import DeleteStep, RevertStep, Step
-from snapd_vm.methods.lvm import Lvm
-from snapd_vm.model import Disk, Domain, Tag
 from tests.inside_vm.test_lvm import group, guest_on, nothing_left
 from tests.inside_vm.volumes import Group, fill, read
 from tests.lab.deadline import wait_until
@@ -266,63 +261,3 @@ async def test_a_domain_that_is_started_before_the_switch(
     assert read(device) == was
     assert group.contents() == before
     await delete(api, created)
-
-
-class OneDomain:
-    """What a revert asks of the hypervisor, of one domain that may be started at any moment."""
-
-    def __init__(self, device: Path) -> None:
-        source = f"<source dev='{device}'/>"
-        disk = Disk("vda", "disk", "block", "raw", str(device), source, "<disk/>")
-        self.domain = Domain("uuid", "web", -1, "shutoff", "qemu", True, (disk,))
-
-    def read(self, uuid: str) -> Domain:
-        return self.domain
-
-    def managed_save(self, uuid: str) -> bool:
-        return False
-
-    def user_of(self, path: str, uuid: str, target: str) -> str:
-        return ""
-
-    def start(self) -> None:
-        self.domain = dataclasses.replace(self.domain, id=1, state="running")
-
-
-def test_a_domain_that_was_started_on_what_was_to_be_discarded_keeps_it(group: Group) -> None:
-    """Between the check and the renames, which no lock prevents."""
-    device = group.device("thin")
-    fill(device, 1)
-    hypervisor, uuid = OneDomain(device), str(uuids.uuid4())
-    tag = Tag(uuid, "name", "uuid", "web", 0)
-    method = Lvm(hypervisor, "/nowhere", LvmConfig(), 10)  # type: ignore[arg-type]
-    target = method.claim(hypervisor.domain, hypervisor.domain.disks[0], None, tag)
-    assert target is not None
-    (target,) = method.prepare([target], tag, lambda _: None)
-    method.create([target], tag)
-    assert method.taken(target, tag)
-    fill(device, 1, 1)
-    was, before = read(device), group.contents()
-    target = method.check_revert(target, tag, [])
-    target = method.prepare_revert(target, tag, lambda _: None)
-    with device.open("rb"):
-        method.revert(target, tag, Watcher())
-        assert read(device) != was
-        hypervisor.start()
-        assert method.settle_revert(target, tag) is False
-        assert read(device) == was
-    assert group.contents() == before
-    method.delete(target, tag, Watcher())
-
-
-class Watcher:
-    """Somebody who lets all happen."""
-
-    cancelled = False
-    spoilt = False
-
-    def progress(self, done: int, total: int) -> None: ...
-
-    def past_return(self) -> None: ...
-
-    def spoil(self) -> None: ...

@@ -1,4 +1,4 @@
-"""A volume group of the test's own, on a loop device, with all that lvm says of it."""
+"""A volume group of the test's own, with all that lvm says of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.lab.blockdev import Loop
-from tests.lab.lab import Lab
 from tests.lab.program import run
 
 MIB = 1 << 20
@@ -17,13 +15,12 @@ MIB = 1 << 20
 class Group:
     """A volume group; its name is made of letters and a hyphen, which lvm doubles."""
 
-    def __init__(self, lab: Lab, name: str = "snapd-lab", size_mib: int = 1200) -> None:
+    def __init__(self, device: Path, name: str = "snapd-lab") -> None:
         self.name = name
         if Path("/dev", name).exists():  # of tests that were killed
             run("vgremove", "-q", "-y", "-ff", "--", name)
-        self._loop: Loop = lab.block.loop(size_mib)
-        run("pvcreate", "-q", "-y", "-ff", self._loop.device)
-        run("vgcreate", "-q", "-y", name, self._loop.device)
+        run("pvcreate", "-q", "-y", "-ff", device)
+        run("vgcreate", "-q", "-y", name, device)
 
     def linear(self, name: str, mib: int = 32) -> Path:
         """A thick volume; its device."""
@@ -75,7 +72,6 @@ class Group:
     def remove(self) -> None:
         """Take it away before the run ends."""
         run("vgremove", "-q", "-y", "-f", "--", self.name)
-        self._loop.detach()
 
 
 def fill(device: Path, mib: int, at_mib: int = 0) -> None:

@@ -523,7 +523,8 @@ def _in_ceph(lab: Lab) -> Iterator[Storage]:
 
 @contextmanager
 def _in_group(lab: Lab, kind: str) -> Iterator[Storage]:
-    group = Group(lab, f"conformance-{kind}", 640)
+    loop = lab.block.loop(640)
+    group = Group(loop.device, f"conformance-{kind}")
     if kind == "thick":
         device = group.linear(kind, 64)
     else:
@@ -533,6 +534,7 @@ def _in_group(lab: Lab, kind: str) -> Iterator[Storage]:
     yield storage
     storage.guest.remove()
     group.remove()
+    loop.detach()
 
 
 STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
