@@ -46,19 +46,17 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostVm]:
     """The host VM with `make install`'s result in it, and a domain `web` that is off."""
     staging = tmp_path_factory.mktemp("installed")
     run("make", "--silent", "install", f"DESTDIR={staging}", cwd=CHECKOUT)
-    (staging / "root").mkdir()
-    (staging / "root/web.xml").write_text(WEB)
+    (staging / "usr/share/web.xml").write_text(WEB)
     with HostVm() as running:
         running.copy_in(staging, "/")
         running.check("systemctl", "daemon-reload")
-        running.check("systemctl", "reload", "dbus")
         running.check("groupadd", "backup-operators")
         running.check("useradd", "-G", "backup-operators", "operator")
         running.check("useradd", "somebody")
         running.check("qemu-img", "create", "-q", "-f", "qcow2", f"{IMAGES}/web.qcow2", "64M")
         running.check("vgcreate", "-q", "snapd", "/dev/disk/by-id/virtio-data0")
         running.check("lvcreate", "-q", "-n", "web", "-L", "64M", "snapd")
-        running.check("virsh", "define", "/root/web.xml", timeout=120)
+        running.check("virsh", "define", "/usr/share/web.xml", timeout=120)
         yield running
 
 
