@@ -171,6 +171,7 @@ def newer(name: str) -> Sequence[str]:
 def written_since(name: str) -> int:
     """The bytes that were written to its dataset since this snapshot. Raises SnapdErrors."""
     dataset, _, snapshot = name.partition("@")
+    write_out([pool_of(dataset)])  # what is not on disk yet is not counted
     text = _run(["zfs", "get", "-H", "-p", "-o", "value", f"written@{snapshot}", dataset], [name])
     return int(text) if text.strip().isdigit() else 0
 
