@@ -2,18 +2,14 @@
 
 Every program has a limit. On a pool that is suspended it would wait in the kernel, where nothing
 ends it, so such a pool is asked for nothing (/proc/spl/kstat/zfs/POOL/state tells).
-
-What a snapshot is of is said in user properties of its own, set together with it. A value has no
-character in it but printable ones of ASCII: others, and the percent sign, are written as in URLs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 from snapd_vm import command
 from snapd_vm.errors import (
@@ -25,17 +21,13 @@ from snapd_vm.errors import (
     StorageFailed,
     TimedOut,
 )
+from snapd_vm.methods import zfstags
 from snapd_vm.model import Tag
 
 HOLD = "snapd-vm"
 """The tag of our hold, zfs-hold(8)."""
 
-_SPACE = "org.snapd-vm:"
-_TAGS = ("snapshots", "label", "domain", "domain-uuid", "created-us")
-_CLONE_OF = f"{_SPACE}clone-of"
 _LIMIT_S = 20.0
-_LONGEST = 1000  # of a property's value that somebody else chose; ZFS itself allows 8191
-_PRINTABLE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%") + " "
 _KSTAT = Path("/proc/spl/kstat/zfs")
 
 _REFUSALS: Sequence[tuple[str, type[SnapdError], str]] = (
@@ -54,30 +46,6 @@ class NotThere(StorageFailed):
     """There is no such dataset or snapshot."""
 
     dbus_name = StorageFailed.dbus_name
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A snapshot that there is; `tags` are our own properties of it, without their prefix."""
-
-    clones: tuple[str, ...] = ()
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def snapshots(self) -> Mapping[str, str]:
-        """The UUIDs of the snapshots that it was taken for, by disk."""
-        pairs = (word.partition("=") for word in self.tags.get("snapshots", "").split())
-        return {decoded(disk): uuid for disk, _, uuid in pairs}
-
-    @property
-    def label(self) -> str:
-        """The label."""
-        return decoded(self.tags.get("label", ""))
-
-    @property
-    def domain(self) -> str:
-        """The domain's name."""
-        return decoded(self.tags.get("domain", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +69,6 @@ class Room:
     def free(self) -> int:
         """What is there for it, as what is reserved stays so."""
         return max(0, self.available - self.reserved)
-
-
-def encoded(text: str) -> str:
-    """Somebody else's text as a property's value, which has one line and no tab."""
-    return quote(text, safe=_PRINTABLE, errors="surrogateescape")[:_LONGEST].strip() or "-"
-
-
-def decoded(value: str) -> str:
-    """What `encoded` was given."""
-    return unquote(value, errors="surrogateescape")
 
 
 def installed() -> bool:
@@ -171,53 +129,30 @@ def take(names: Sequence[str], tag: Tag, disks: Mapping[str, str], limit: float,
     `disks` are the UUIDs of what they are taken for, by disk. It is durable when this returns.
     Raises NameInUse, NoSpace, TimedOut and StorageFailed.
     """
-    said = {
-        "snapshots": " ".join(f"{_word(disk)}={uuid}" for disk, uuid in disks.items()),
-        "label": encoded(tag.label),
-        "domain": encoded(tag.domain_name),
-        "domain-uuid": tag.domain_uuid,
-        "created-us": str(tag.created_us),
-    }
-    options = [word for key, value in said.items() for word in ("-o", f"{_SPACE}{key}={value}")]
+    options = [word for one in zfstags.said(tag, disks) for word in ("-o", one)]
     _run(["zfs", "snapshot", *options, *names], names, limit=limit, mark=mark)
 
 
-def _word(text: str) -> str:
-    return quote(text, safe="")[:_LONGEST]
-
-
-def look(name: str) -> Found | None:
+def look(name: str) -> zfstags.Found | None:
     """The snapshot of this name, or None. Raises SnapdErrors."""
-    keys = ["clones", *(_SPACE + key for key in _TAGS)]
-    argv = ["zfs", "get", "-H", "-p", "-o", "property,value,source", ",".join(keys), name]
+    columns, keys = "property,value,source", ",".join(zfstags.PROPERTIES)
+    argv = ["zfs", "get", "-H", "-p", "-o", columns, keys, name]
     try:
         text = _run(argv, [name])
     except NotThere:
         return None
-    return _found([line.split("\t") for line in text.splitlines()])
+    return zfstags.found([line.split("\t") for line in text.splitlines()])
 
 
-def _found(rows: Iterable[Sequence[str]]) -> Found:
-    """Of rows of property, value and source: what is inherited is of the dataset, and not ours."""
-    clones, tags = "", dict[str, str]()
-    for key, value, source in rows:
-        if key == "clones":
-            clones = value
-        elif source == "local":
-            tags[key.removeprefix(_SPACE)] = value
-    return Found(tuple(name for name in clones.split(",") if name not in ("", "-")), tags)
-
-
-def listed(datasets: Sequence[str]) -> Mapping[str, Found]:
+def listed(datasets: Sequence[str]) -> Mapping[str, zfstags.Found]:
     """Every snapshot of these that bears our properties, by its name. Raises SnapdErrors."""
-    keys = ["clones", *(_SPACE + key for key in _TAGS)]
     argv = ["zfs", "get", "-H", "-p", "-t", "snapshot", "-d", "1"]
-    argv += ["-o", "name,property,value,source", ",".join(keys), *datasets]
+    argv += ["-o", "name,property,value,source", ",".join(zfstags.PROPERTIES), *datasets]
     rows: dict[str, list[Sequence[str]]] = {}
     for line in _run(argv, datasets).splitlines():
         name, *row = line.split("\t")
         rows.setdefault(name, []).append(row)
-    found = {name: _found(some) for name, some in rows.items()}
+    found = {name: zfstags.found(some) for name, some in rows.items()}
     return {name: one for name, one in found.items() if one.snapshots}
 
 
@@ -236,6 +171,7 @@ def newer(name: str) -> Sequence[str]:
 def written_since(name: str) -> int:
     """The bytes that were written to its dataset since this snapshot. Raises SnapdErrors."""
     dataset, _, snapshot = name.partition("@")
+    write_out([pool_of(dataset)])  # what is not on disk yet is not counted
     text = _run(["zfs", "get", "-H", "-p", "-o", "value", f"written@{snapshot}", dataset], [name])
     return int(text) if text.strip().isdigit() else 0
 
@@ -286,14 +222,19 @@ def clone(name: str, to: str) -> None:
 
     Raises NameInUse and other SnapdErrors.
     """
-    said = ["readonly=on", "volmode=dev", "com.sun:auto-snapshot=false", f"{_CLONE_OF}={name}"]
+    said = [
+        "readonly=on",
+        "volmode=dev",
+        "com.sun:auto-snapshot=false",
+        f"{zfstags.CLONE_OF}={name}",
+    ]
     options = [word for one in said for word in ("-o", one)]
     _run(["zfs", "clone", *options, name, to], [name])
 
 
 def is_clone(name: str, of: str) -> bool:
     """Whether there is a dataset of this name that we have made as a clone of `of`."""
-    argv = ["zfs", "get", "-H", "-p", "-o", "value,source", f"origin,{_CLONE_OF}", name]
+    argv = ["zfs", "get", "-H", "-p", "-o", "value,source", f"origin,{zfstags.CLONE_OF}", name]
     try:
         rows = [line.split("\t") for line in _run(argv, [name]).splitlines()]
     except NotThere:

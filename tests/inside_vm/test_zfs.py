@@ -213,7 +213,7 @@ async def test_a_volume(api: Api, places: Places, pool: Pool) -> None:
     spec = DiskSpec(source=f"<source dev='{device.resolve()}'/>", type="block")
     other = places.guest(spec)
     await places.known(api)
-    assert [row["method"] for row in await api.disks(other)] == ["qemu"]
+    assert [row["method"] for row in await api.disks(other)] == [""], "it has to be asked for"
     created = await api.create(other, method_xml=ZFS)
     assert created.ours("format") == "qcow2"
     await delete(api, created)
@@ -491,7 +491,7 @@ async def test_another_dataset_mounted_over_the_path_is_the_disks(
         unmount(path.parent)
 
 
-@pytest.mark.parametrize("by", ["another file", "a symlink", "a mount", "another volume"])
+@pytest.mark.parametrize("by", ["another file", "a mount", "another volume"])
 async def test_a_path_that_changes_between_check_and_use(
     lab: Lab, connect: Connect, places: Places, pool: Pool, by: str, tmp_path: Path
 ) -> None:
@@ -517,10 +517,7 @@ async def test_a_path_that_changes_between_check_and_use(
         path.symlink_to(volume(pool)[1])
     else:
         path.rename(path.with_suffix(".old"))
-        if by == "a symlink":
-            path.symlink_to(path.with_suffix(".old"))
-        else:
-            path.write_bytes(b"another")
+        path.write_bytes(b"another")
     flag.unlink()
     await refused(call, "StorageFailed", "MethodNotSupported")
     assert not await api.snapshots_of(guest)
@@ -558,13 +555,10 @@ async def test_room(api: Api, places: Places, pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "do"),
+    ("do", "step"),
     [
-        *(
-            (s, "kill")
-            for s in (Step.BEGUN, Step.PREPARED, Step.ARMED, Step.SWITCHED, Step.READ_BACK)
-        ),
-        (Step.SWITCHED, "raise"),
+        *(("kill", step) for step in (Step.PREPARED, Step.SWITCHED, Step.READ_BACK)),
+        ("raise", Step.SWITCHED),
     ],
 )
 async def test_a_create_that_is_broken_off(
@@ -614,8 +608,13 @@ async def gone(api: Api, guest: Guest) -> None:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("step", [RevertStep.PREPARED, RevertStep.ARMED, RevertStep.SWITCHED])
-@pytest.mark.parametrize("kind", ["file", "volume"])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        *(("file", step) for step in (RevertStep.ARMED, RevertStep.SWITCHED)),
+        *(("volume", step) for step in (RevertStep.PREPARED, RevertStep.SWITCHED)),
+    ],
+)
 async def test_killed_in_a_revert(
     lab: Lab, connect: Connect, places: Places, pool: Pool, step: RevertStep, kind: str
 ) -> None:
