@@ -34,6 +34,6 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """What is for the inside of a host VM is run there only, by tests/real/test_hostvm_*.py."""
+    """What is for the inside of a host VM is run there only, by tests/hostvm."""
     inside = "inside_vm" in collection_path.parts and not os.environ.get("SNAPD_VM_INSIDE")
     return True if inside else None

@@ -5,20 +5,14 @@ and the installed service, confined by its unit, as systemd runs it.
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Iterator
 
 import pytest
 from lxml import etree
 
+from tests.hostvm.inside import passes
 from tests.lab.hostvm import HostVm
 from tests.lab.program import CHECKOUT, run
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root"),
-    pytest.mark.timeout(1800),
-]
 WEB = """<domain type='qemu'>
   <name>web</name><memory unit='MiB'>64</memory>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
@@ -50,13 +44,6 @@ zfs list -H -t all -o name,userrefs > /root/before
 
 
 @pytest.fixture(scope="module")
-def vm() -> Iterator[HostVm]:
-    """The host VM, for all tests here."""
-    with HostVm() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def installed(vm: HostVm, tmp_path_factory: pytest.TempPathFactory) -> HostVm:
     """The same with `make install`'s result, and a domain that is off, with three disks on ZFS."""
     staging = tmp_path_factory.mktemp("installed")
@@ -69,16 +56,6 @@ def installed(vm: HostVm, tmp_path_factory: pytest.TempPathFactory) -> HostVm:
     vm.check("bash", "-euc", SET_UP, timeout=120)
     vm.check("virsh", "define", "/root/web.xml", timeout=120)
     return vm
-
-
-def inside(vm: HostVm, *words: str, timeout: float, **env: str) -> None:
-    """Run pytest there; nothing may fail or skip."""
-    argv = ["python3", "-m", "pytest", "-q", "--durations=15", *words]
-    done = vm.run(argv, timeout=timeout, env=env)
-    print(done.stdout[-8000:])
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
-    assert re.search(r"\d+ passed", done.stdout)
-    assert "skipped" not in done.stdout
 
 
 def test_confined_by_its_unit_the_service_snapshots_all_three(installed: HostVm) -> None:
@@ -105,8 +82,8 @@ def test_confined_by_its_unit_the_service_snapshots_all_three(installed: HostVm)
 
 
 def test_on_real_pools(vm: HostVm) -> None:
-    inside(vm, "tests/inside_vm/test_zfs.py", timeout=900)
+    passes(vm, "tests/inside_vm/test_zfs.py", timeout=900)
 
 
 def test_the_conformance_suite_on_a_dataset(vm: HostVm) -> None:
-    inside(vm, "tests/real/test_conformance.py", timeout=1200, SNAPD_VM_STORAGES="zfs")
+    passes(vm, "tests/real/test_conformance.py", timeout=1200, SNAPD_VM_STORAGES="zfs")

@@ -1,0 +1,22 @@
+"""Runs pytest in the host VM: on tests/inside_vm, and on what of tests/real can run there."""
+
+from __future__ import annotations
+
+import re
+
+from tests.lab.hostvm import HostVm
+
+PYTEST = ("python3", "-m", "pytest", "-q", "--durations=15")
+
+
+def passes(vm: HostVm, *words: str, timeout: float, **env: str) -> None:
+    """All of these tests pass there; some there must be, and none may skip. `timeout` in seconds.
+
+    What pytest said there is shown if it fails.
+    """
+    done = vm.run([*PYTEST, *words], timeout=timeout, env=env)
+    print(done.stdout[-20_000:])
+    print(done.stderr[-4000:])
+    assert done.returncode == 0, "see what is printed"
+    assert re.search(r"\d+ passed", done.stdout)
+    assert "skipped" not in done.stdout
