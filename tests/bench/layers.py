@@ -1,7 +1,9 @@
 """How long a guest is frozen for a snapshot below QEMU, beside the storage's own command.
 
 In each round the agent's freeze and thaw alone, the command alone, and a quiesced Create, on the
-same guest, which writes all the time.
+same guest, which writes all the time. lvm and zfs are measured where the kernel has them:
+
+    python -m tests.lab vm -- python3 -m tests.bench --only layers
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from pathlib import Path
 from snapd_vm.model import domain_path
 from tests.bench.series import Series
 from tests.bench.ways import NAME, TARGET, PlainCaller
+from tests.inside_vm.volumes import Group
 from tests.lab.blockdev import FileSystem
 from tests.lab.ceph import POOL
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import run
+from tests.lab.program import attempt, run
+from tests.lab.zpool import make_pool
 
 SETTLE_S = 0.25
 COPY = "copy-by-hand"
@@ -34,13 +38,15 @@ Place = AbstractContextManager[tuple[Guest, Path]]
 class Layer:
     """A method and what does the same by hand: `command` for the disk's image, and `undo` of it.
 
-    `place` makes a guest whose disk is there, and tells where, as those two take it.
+    `place` makes a guest whose disk is there, and tells where, as those two take it. `needs` is a
+    module of the kernel without which the method can't be; '' if it can be everywhere.
     """
 
     method: str
     place: Callable[[Lab], Place]
     command: Callable[[Path], Sequence[str | Path]]
     undo: Callable[[Path], Sequence[str | Path]]
+    needs: str = ""
 
 
 def _on(filesystem: FileSystem) -> Callable[[Lab], Place]:
@@ -65,7 +71,42 @@ def _in_ceph(lab: Lab) -> Iterator[tuple[Guest, Path]]:
     del os.environ["CEPH_CONF"]
 
 
+@contextmanager
+def _on_volume(lab: Lab) -> Iterator[tuple[Guest, Path]]:
+    loop = lab.block.loop(640)
+    group = Group(loop.device, "bench")
+    device = group.linear("image", 64)
+    guest = lab.guest([DiskSpec(format="raw", device=device)])
+    yield guest, device
+    guest.remove()
+    group.remove()
+    loop.detach()
+
+
+@contextmanager
+def _in_pool(lab: Lab) -> Iterator[tuple[Guest, Path]]:
+    pool = make_pool(lab)
+    guest = lab.guest([DiskSpec(format="raw", folder=pool.dataset("image"))])
+    yield guest, Path(pool.name, "image")
+    guest.remove()
+    pool.destroy()
+
+
 LAYERS = (
+    Layer(
+        "lvm",
+        _on_volume,
+        lambda image: ("lvcreate", "-q", "-y", "-s", "-pr", "-L", "68M", "-n", COPY, image),
+        lambda image: ("lvremove", "-q", "-y", image.with_name(COPY)),
+        needs="dm_snapshot",
+    ),
+    Layer(
+        "zfs",
+        _in_pool,
+        lambda image: ("zfs", "snapshot", f"{image}@{COPY}"),
+        lambda image: ("zfs", "destroy", f"{image}@{COPY}"),
+        needs="zfs",
+    ),
     Layer(
         "reflink",
         _on("xfs"),
@@ -108,10 +149,19 @@ class Measured:
 
 
 def measure(lab: Lab, ours: Path, rounds: int) -> list[Measured]:
-    """All layers, one after the other, on a guest and a storage of their own each."""
+    """All layers that can be here, one after the other, on a guest and a storage of their own each.
+
+    The times that the daemon has are long enough for a host that is slow.
+    """
     found = []
-    lab.daemon.start({}, argv=(ours, "daemon"))
+    lab.daemon.start(
+        {"agent_timeout_s": 30, "freeze_timeout_s": 60, "frozen_limit_s": 60},
+        argv=(ours, "daemon"),
+    )
     for layer in LAYERS:
+        if layer.needs and attempt(["modprobe", "-q", layer.needs]).returncode:
+            print(f"\n{layer.method} is not measured: this kernel has no {layer.needs}")
+            continue
         with layer.place(lab) as (guest, image):
             found.append(_measure(lab, layer, guest, image, rounds))
     lab.daemon.stop()
