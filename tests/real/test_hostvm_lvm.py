@@ -23,7 +23,7 @@ PYTEST = ("python3", "-m", "pytest", "-q", "--durations=5")
 WITHOUT_DAEMON = "several or xfs or overflows or (stands_still and thin) or gone_on or cut_off"
 WITH_DAEMON = "by_default and thin or no_other_name"
 KILLED = "armed or switched or committed"
-CONFORMANCE = "one_that_is_not_quiesced or found_again or mid_command or no_room or name_on"
+CONFORMANCE = "is_clean or found_again or mid_command or no_room or name_on"
 
 
 @pytest.fixture(scope="module")
