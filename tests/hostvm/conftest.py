@@ -22,4 +22,4 @@ def vm() -> Iterator[HostVm]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is slow inside is slow outside."""
     for item in items:
-        item.add_marker(pytest.mark.timeout(2400))
+        item.add_marker(pytest.mark.timeout(3600))
