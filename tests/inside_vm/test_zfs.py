@@ -427,10 +427,12 @@ async def test_a_volume_goes_back_where_no_snapshot_is_newer(
     error = await refused(api.call(two.snapshot, SNAPSHOT, "Revert", "u", 0), "InvalidState")
     assert f"{dataset}@theirs" in error.text
     run("zfs", "destroy", f"{dataset}@theirs")
-    with device.open("rb"):
-        holder = subprocess.Popen(["sleep", "60"], stdin=device.open("rb"))
+    with device.open("rb") as file:
+        holder = subprocess.Popen(["sleep", "60"], stdin=file)
+    try:
         error = await refused(api.call(two.snapshot, SNAPSHOT, "Revert", "u", 0), "Busy")
         assert f"(process {holder.pid})" in error.text
+    finally:
         holder.kill()
         holder.wait()
     assert (device.read_bytes(), pool.everything()) == (third, before)
