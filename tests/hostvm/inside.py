@@ -6,6 +6,7 @@ import re
 
 from tests.lab.hostvm import HostVm
 
+LIMIT_S = 3000.0
 PYTEST = ("python3", "-m", "pytest", "-q", "--durations=15")
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from tests.hostvm.inside import passes
+from tests.hostvm.inside import LIMIT_S, passes
 from tests.lab.hostvm import HostVm
 
 ALL = bool(os.environ.get("SNAPD_VM_ALL"))
-LIMIT_S = 3000.0
 WITHOUT_DAEMON = "several or xfs or overflows or (stands_still and thin) or gone_on or cut_off"
 WITH_DAEMON = "by_default and thin or no_other_name"
 KILLED = "armed or switched or committed"

@@ -9,7 +9,7 @@ import json
 import pytest
 from lxml import etree
 
-from tests.hostvm.inside import passes
+from tests.hostvm.inside import LIMIT_S, passes
 from tests.lab.hostvm import HostVm
 from tests.lab.program import CHECKOUT, run
 
@@ -82,8 +82,8 @@ def test_confined_by_its_unit_the_service_snapshots_all_three(installed: HostVm)
 
 
 def test_on_real_pools(vm: HostVm) -> None:
-    passes(vm, "tests/inside_vm/test_zfs.py", timeout=900)
+    passes(vm, "tests/inside_vm/test_zfs.py", timeout=LIMIT_S)
 
 
 def test_the_conformance_suite_on_a_dataset(vm: HostVm) -> None:
-    passes(vm, "tests/real/test_conformance.py", timeout=1200, SNAPD_VM_STORAGES="zfs")
+    passes(vm, "tests/real/test_conformance.py", timeout=LIMIT_S, SNAPD_VM_STORAGES="zfs")
