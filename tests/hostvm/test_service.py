@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.deadline import wait_until
-from tests.lab.hostvm import HostVm
+from tests.lab.hostvm import LIMIT_S, HostVm
 from tests.lab.program import CHECKOUT, run
 
 pytestmark = [
@@ -78,16 +78,22 @@ def owned(vm: HostVm) -> bool:
 
 
 def test_the_unit_is_as_systemd_wants_it(vm: HostVm) -> None:
-    done = vm.run(["systemd-analyze", "verify", f"/usr/lib/systemd/system/{UNIT}"])
+    # There is no man(1) in the VM; that the page is installed is seen elsewhere.
+    done = vm.run(["systemd-analyze", "verify", "--man=no", f"/usr/lib/systemd/system/{UNIT}"])
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_a_call_on_the_bus_starts_it(vm: HostVm) -> None:
     assert show(vm, "ActiveState") == "inactive"
+    client(vm, "methods")  # the bus waits 25 s for the service, which a busy machine may need
+
+    def up() -> bool:
+        return show(vm, "ActiveState") == "active"
+
+    wait_until("the service is up", up, LIMIT_S, 0.5)
     done = client(vm, "methods", "--json")
     assert done.returncode == 0, done.stderr
     assert "qemu" in done.stdout
-    assert show(vm, "ActiveState") == "active"
     vm.check("systemctl", "stop", UNIT)
 
 
@@ -125,19 +131,16 @@ def test_polkit_has_a_say(vm: HostVm) -> None:
     assert "by-somebody" not in client(vm, "list").stdout
 
 
-def test_killed_it_thaws_and_comes_back(vm: HostVm) -> None:
+def test_killed_it_comes_back(vm: HostVm) -> None:
     before = show(vm, "MainPID")
-    assert "start_time=[n/a]" in show(vm, "ExecStopPost")
     vm.check("systemctl", "kill", "--kill-who=main", "-s", "KILL", UNIT)
 
     def back() -> bool:
         return show(vm, "ActiveState") == "active" and show(vm, "MainPID") != before
 
-    wait_until("systemd restarts it", back, 60, 0.5)
+    wait_until("systemd restarts it", back, LIMIT_S, 0.5)
     assert owned(vm)
     assert int(show(vm, "NRestarts")) == 1
-    thawed = vm.check("journalctl", "-o", "cat", "-u", UNIT, "-n", "100")
-    assert "--thaw-held" not in thawed  # it had nothing to say, and did not fail
 
 
 def test_hung_the_watchdog_ends_it(vm: HostVm) -> None:
@@ -152,15 +155,16 @@ def test_hung_the_watchdog_ends_it(vm: HostVm) -> None:
     def back() -> bool:
         return show(vm, "ActiveState") == "active" and show(vm, "MainPID") not in {before, "0"}
 
-    wait_until("the watchdog bites", back, 90, 0.5)
+    wait_until("the watchdog bites", back, LIMIT_S, 0.5)
     assert "Watchdog timeout" in vm.check("journalctl", "-o", "cat", "-u", UNIT, "-n", "50")
 
 
-def test_sigterm_ends_it_cleanly(vm: HostVm) -> None:
+def test_sigterm_ends_it_cleanly_and_the_thaw_has_run(vm: HostVm) -> None:
     vm.check("systemctl", "stop", UNIT)
     assert show(vm, "ActiveState") == "inactive"
     assert show(vm, "Result") == "success"
     assert show(vm, "ExecMainStatus") == "0"
+    assert "code=exited ; status=0" in show(vm, "ExecStopPost")
 
 
 def test_snapshots_are_there_after_a_loss_of_power(vm: HostVm) -> None:

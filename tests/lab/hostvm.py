@@ -122,10 +122,6 @@ class HostVm:
         self.check("mkdir", "-p", target)
         self._unpack(packed.stdout, target)
 
-    def sync(self) -> None:
-        """Bring the checkout in it up to date with the one outside."""
-        sync(self._port)
-
     def start(self) -> None:
         """Boot it, on the disks it has; it must be off."""
         if self._process is not None and self._process.alive():
