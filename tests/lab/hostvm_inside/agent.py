@@ -73,6 +73,7 @@ class Running:
             )
         assert self.child.stdout is not None
         assert self.child.stderr is not None
+        self.ended = os.pidfd_open(self.child.pid)  # becomes readable
         self.pipes = {self.child.stdout.fileno(): "out", self.child.stderr.fileno(): "err"}
 
     def kill(self) -> None:
@@ -80,6 +81,14 @@ class Running:
         with suppress(ProcessLookupError):
             os.killpg(self.child.pid, signal.SIGKILL)
         self.child.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.ended)
+        for pipe in (self.child.stdout, self.child.stderr):
+            assert pipe is not None
+            pipe.close()
 
     def pass_on(self, port: Port, pipe: int) -> None:
         """Send what has come from a pipe."""
@@ -101,15 +110,16 @@ def start(port: Port, request: dict[str, Any]) -> Running | None:
 
 def turn(port: Port, running: Running | None) -> Running | None:
     """Wait for one thing to happen, do what it asks for, and say what runs then."""
-    pipes = list(running.pipes) if running else []
-    ready, _, _ = select.select([port.descriptor, *pipes], [], [], 0.1 if running else 60)
+    watched = [port.descriptor, *running.pipes, running.ended] if running else [port.descriptor]
+    patience = max(running.end - time.monotonic(), 0) if running else None
+    ready, _, _ = select.select(watched, [], [], patience)
     for pipe in ready:
         if running and pipe in running.pipes:
             running.pass_on(port, pipe)
     if port.descriptor in ready:
         requests = port.requests()
         if requests is None:
-            time.sleep(0.1)
+            time.sleep(0.5)  # there is no way to wait for somebody to come
         if running and requests != []:
             running.kill()
             running = None
@@ -125,6 +135,7 @@ def turn(port: Port, running: Running | None) -> Running | None:
         for pipe in list(running.pipes):
             while pipe in running.pipes and select.select([pipe], [], [], 0)[0]:
                 running.pass_on(port, pipe)
+        running.close()
     elif time.monotonic() > running.end:
         running.kill()
     else:
