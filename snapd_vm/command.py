@@ -174,18 +174,26 @@ def end_marked(mark: str) -> int:
         time.sleep(0.01)
 
 
-def wait_for_marked(mark: str, timeout: float) -> bool:
-    """Wait for the end of what programs that were run with this mark have left; whether it came.
+def wait_for_marked(mark: str, program: str, timeout: float) -> bool:
+    """Wait for the end of this program where it was run with this mark; whether it came.
 
-    For those that must not be killed in the midst, of an earlier process too.
+    For one that must not be killed in the midst, of an earlier process too. What it has started in
+    turn, such as a service, is not waited for.
     """
     wanted = f"{_MARK}={mark}".encode()
     deadline = time.monotonic() + timeout
-    while any(wanted in _environment(pid) for pid in _processes()):
+    while any(wanted in _environment(pid) and _name(pid) == program for pid in _processes()):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return ""
 
 
 def _processes() -> list[int]:

@@ -86,13 +86,14 @@ def test_it_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_that_must_not_be_killed_is_waited_for() -> None:
     mark = f"test-{os.getpid()}"
-    one = threading.Thread(target=run, args=(["sleep", "1"],), kwargs={"timeout": 20, "mark": mark})
+    one = threading.Thread(target=run, args=(["sleep", "2"],), kwargs={"timeout": 20, "mark": mark})
     one.start()
-    wait_until("it runs", lambda: not wait_for_marked(mark, 0), 10)
+    wait_until("it runs", lambda: not wait_for_marked(mark, "sleep", 0), 10)
+    assert wait_for_marked(mark, "another", 0)
     began = time.monotonic()
-    assert wait_for_marked(mark, 20)
+    assert wait_for_marked(mark, "sleep", 20)
     assert 0.3 < time.monotonic() - began < 10
-    assert wait_for_marked(mark, 0)
+    assert wait_for_marked(mark, "sleep", 0)
     one.join()
 
 

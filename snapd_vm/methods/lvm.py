@@ -383,5 +383,5 @@ class Lvm:
 
     def _wait(self, one: LvmTarget) -> None:
         """Until no lvcreate is at work on the snapshot. Raises StorageFailed."""
-        if not command.wait_for_marked(one.name, _PATIENCE_S):
+        if not command.wait_for_marked(one.name, "lvcreate", _PATIENCE_S):
             raise StorageFailed(f"An lvcreate for {one.vg}/{one.name} does not end.")
