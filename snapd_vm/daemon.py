@@ -25,13 +25,13 @@ from snapd_vm.engine.engine import Engine
 from snapd_vm.engine.journal import AnyStep, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
-from snapd_vm.methods.btrfs import Btrfs
-from snapd_vm.methods.lvm import Lvm
+from snapd_vm.methods.btrfs.btrfs import Btrfs
+from snapd_vm.methods.lvm.lvm import Lvm
 from snapd_vm.methods.method import Method
-from snapd_vm.methods.qemu import Qemu
-from snapd_vm.methods.rbd import Rbd
-from snapd_vm.methods.reflink import Reflink
-from snapd_vm.methods.zfs import Zfs
+from snapd_vm.methods.qemu.qemu import Qemu
+from snapd_vm.methods.rbd.rbd import Rbd
+from snapd_vm.methods.reflink.reflink import Reflink
+from snapd_vm.methods.zfs.zfs import Zfs
 from snapd_vm.virt.connection import ConnectionPool, start_event_loop
 from snapd_vm.virt.hypervisor import Hypervisor
 from snapd_vm.virt.inventory import Inventory
@@ -78,8 +78,8 @@ def all_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, Method
     if not settings.plugins.methods and not settings.executable:
         return table
     from snapd_vm import schemas
-    from snapd_vm.methods import outside
     from snapd_vm.methods.method import OnRequest
+    from snapd_vm.methods.outside import outside
 
     first, last = dict[str, Method](), dict[str, Method]()
     for method in outside.load(settings, hypervisor, schemas.register):

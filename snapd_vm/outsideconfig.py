@@ -30,7 +30,7 @@ class PluginsConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExecutableConfig:
-    """One `[[executable]]`: a program that is a method; see methods/executable.py.
+    """One `[[executable]]`: a program that is a method; see methods/outside/executable.py.
 
     `timeout_s`: the limit of each of its runs; inside the freeze it is less, see there. `user`: who
     it runs as, '' for root. `capabilities`: what it keeps of root's, by their names without "cap_".

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods import devicemapper, lvmfile, lvmrevert, lvmsizes, lvmtags, lvmvolumes
-from snapd_vm.methods.lvmvolumes import Lv
+from snapd_vm.methods.lvm import devicemapper, lvmfile, lvmrevert, lvmsizes, lvmtags, lvmvolumes
+from snapd_vm.methods.lvm.lvmvolumes import Lv
 from snapd_vm.model import Tag
 
 MIB = 1 << 20

@@ -10,9 +10,9 @@ import pytest
 from snapd_vm import command
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
-from snapd_vm.methods import devicemapper, lvmclaim
-from snapd_vm.methods.lvm import Lvm
-from snapd_vm.methods.lvmtarget import LvmTarget
+from snapd_vm.methods.lvm import devicemapper, lvmclaim
+from snapd_vm.methods.lvm.lvm import Lvm
+from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag
 
 VG, LV, OTHER = "v" * 32, "l" * 32, "o" * 32

@@ -13,7 +13,7 @@ import pytest
 
 from snapd_vm import command, config, request, schemas
 from snapd_vm.errors import InvalidXML, MethodUnknown
-from snapd_vm.methods.jsonform import _KEYWORDS, _NO_MEANING, Form, Unfit, read
+from snapd_vm.methods.outside.jsonform import _KEYWORDS, _NO_MEANING, Form, Unfit, read
 from snapd_vm.model import MethodRequest
 from tests.lab.program import run
 
@@ -56,7 +56,8 @@ def test_what_the_configuration_must_not_say(document: dict[str, Any], words: st
 
 def test_nothing_of_them_is_imported_unless_they_are_listed() -> None:
     """Start-up is measured."""
-    words = ("importlib.metadata", "snapd_vm.methods.outside", "snapd_vm.methods.program")
+    outside = "snapd_vm.methods.outside"
+    words = ("importlib.metadata", f"{outside}.outside", f"{outside}.program")
     script = f"import sys, snapd_vm.daemon; print([w for w in {words} if w in sys.modules])"
     assert run(sys.executable, "-c", script, cwd=ROOT) == "[]\n"
 

@@ -1,4 +1,4 @@
-"""The table at the head of methods/standing.py, on real images, a row or more each."""
+"""The table at the head of methods/qemu/standing.py, on real images, a row or more each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from snapd_vm.methods import standing
-from snapd_vm.methods.layer import Layer
 from snapd_vm.methods.method import Standing
+from snapd_vm.methods.qemu import standing
+from snapd_vm.methods.qemu.layer import Layer
 from snapd_vm.model import Disk, Domain, Target
 from tests.bus.fakes import make_disk, make_domain
 from tests.lab.program import run

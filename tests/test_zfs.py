@@ -22,8 +22,8 @@ from snapd_vm.errors import (
     SnapdError,
     StorageFailed,
 )
-from snapd_vm.methods import zfsclaim, zfsdataset, zfsplace, zfsrevert, zfstags
-from snapd_vm.methods.zfstarget import ZfsTarget, device_of
+from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsplace, zfsrevert, zfstags
+from snapd_vm.methods.zfs.zfstarget import ZfsTarget, device_of
 from snapd_vm.model import Disk, Domain, Json, Tag, Target
 from snapd_vm.mounts import Mount
 

@@ -24,9 +24,9 @@ import pytest
 from snapd_vm import mounts
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods import lvmvolumes
-from snapd_vm.methods.lvm import Lvm
-from snapd_vm.methods.lvmtarget import LvmTarget
+from snapd_vm.methods.lvm import lvmvolumes
+from snapd_vm.methods.lvm.lvm import Lvm
+from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag, Target
 from tests.inside_vm.volumes import MIB, Group, fill, read
 from tests.lab.program import run

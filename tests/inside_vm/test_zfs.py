@@ -18,7 +18,7 @@ import pytest
 
 from snapd_vm import command
 from snapd_vm.engine.journal import DeleteStep, RevertStep, Step
-from snapd_vm.methods import zfsclaim, zfsdataset, zfsplace
+from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsplace
 from snapd_vm.model import Disk, Domain, Tag
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +21,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import PAUSE_US, Guest, make_guest
 from tests.lab.guestxml import Agent
 from tests.lab.hypervisor import Hypervisor
-from tests.lab.image import guest_image
+from tests.lab.image import GuestImage, guest_image
 from tests.lab.libvirtd import Libvirtd
 from tests.lab.polkit import Polkit
 from tests.lab.program import attempt
@@ -108,7 +110,7 @@ class Lab:
         return make_guest(
             self.run,
             self.hypervisor,
-            guest_image(),
+            self._image,
             name or f"g{self._guests}",
             disks,
             agent=agent,
@@ -117,6 +119,17 @@ class Lab:
             devices=devices,
             elements=elements,
             pause_us=self._pause_us,
+        )
+
+    @cached_property
+    def _image(self) -> GuestImage:
+        """A copy of the run's own: libvirtd counts, on the files themselves, whose they are, and one
+        that is killed leaves its count behind.
+        """
+        folder = self.run.path("image")
+        found = guest_image()
+        return GuestImage(
+            *(Path(shutil.copy(path, folder)) for path in (found.kernel, found.initramfs))
         )
 
     def folder(self, name: str) -> Path:

@@ -385,7 +385,7 @@ class ClusterImages:
     def crippled(self) -> Mapping[str, str] | None:
         (self._without / "sitecustomize.py").write_text(
             f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n"
-            "from snapd_vm.methods import cluster\n"
+            "from snapd_vm.methods.rbd import cluster\n"
             "cluster._START = 'import ctypes; ctypes.CDLL = lambda name: open(name);' "
             "+ cluster._START\n"
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from snapd_vm.engine.journal import DeleteStep, Step
-from snapd_vm.methods import subvolume
+from snapd_vm.methods.btrfs import subvolume
 from tests.lab.blockdev import Mounted
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec

@@ -1,0 +1,1 @@
+"""Methods that the configuration brings in: entry points of other distributions, and programs."""

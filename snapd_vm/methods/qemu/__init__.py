@@ -1,0 +1,1 @@
+"""The method qemu: overlays, their commit and what a revert does with them."""

@@ -1,0 +1,1 @@
+"""The method reflink: a clone of the disk's file."""

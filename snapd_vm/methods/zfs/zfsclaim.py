@@ -1,0 +1,265 @@
+"""What the method zfs would act on: a disk's dataset or volume, held against what a caller named;
+and what forbids it. Changes nothing; to claim, it starts no program, and to check one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+
+from snapd_vm import qcow2, storage
+from snapd_vm.errors import (
+    Busy,
+    MethodNotSupported,
+    NoSpace,
+    NotUnderDisk,
+    StorageFailed,
+)
+from snapd_vm.methods import chain
+from snapd_vm.methods.folder import Hypervisor, check_links
+from snapd_vm.methods.zfs import zfsdataset, zfsplace, zfsview
+from snapd_vm.methods.zfs.zfstarget import ZfsTarget
+from snapd_vm.model import Disk, Domain, Json, Needs, Tag, Target
+from snapd_vm.storage import FileId
+
+RESERVE = 1 << 20
+"""Bytes that must be free: a snapshot takes next to none, but what is overwritten then does."""
+
+MOUNTS = "/run/snapd-vm/zfs"
+"""Where a snapshot is mounted that the kernel does not show."""
+
+_IMAGE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str, mount: bool) -> Target:
+    """The Target of a disk that is in a dataset or is a volume, see ZfsTarget.
+
+    `asked`: the caller named the method, and perhaps the dataset (`named`), which is compared with
+    the disk's. `mount`: the kernel's own way to show a snapshot is not used. Raises
+    MethodNotSupported, NotUnderDisk and StorageFailed.
+    """
+    problem = _unfit(disk, asked=asked)
+    if problem:
+        raise MethodNotSupported(problem)
+    found = _volume(disk, tag) if disk.type == "block" else _file(disk, tag, named, mount)
+    dataset = str(found["dataset"])
+    if named and named != dataset:
+        raise NotUnderDisk(
+            f"Disk {disk.target} is not in that dataset but in {dataset}; name that, or none."
+        )
+    if not zfsdataset.installed():
+        raise MethodNotSupported(
+            "Method zfs needs the program zfs; install zfsutils-linux, or use another method."
+        )
+    data: dict[str, Json] = {
+        "snapshot": tag.uuid,
+        "domain": domain.uuid,
+        "active": domain.active,
+        "declared": disk.path,
+        "format": disk.format,
+        **found,
+    }
+    return Target(method="zfs", disk=disk.target, data=data)
+
+
+def _unfit(disk: Disk, *, asked: bool) -> str:
+    """Why the disk can't be taken, wherever it is, or ''."""
+    if disk.type not in ("file", "block"):
+        return f"Disk {disk.target} has a {disk.type} source; method zfs takes files and volumes."
+    if disk.format not in (chain.FORMATS if asked else ("raw",)):
+        return (
+            f"Disk {disk.target} has the format '{disk.format}'; method zfs takes raw and qcow2 "
+            "images, so use method qemu."
+        )
+    if disk.encrypted:
+        return f"Disk {disk.target} is encrypted, and its snapshot would not say with which key."
+    if "<slice" in disk.source_xml:
+        return f"Disk {disk.target} is a slice of its image; method zfs takes whole images."
+    return ""
+
+
+def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
+    """What a Target has of a volume."""
+    if not zfsplace.is_volume(disk.path):
+        raise MethodNotSupported(f"Disk {disk.target} is not a ZFS volume; use another method.")
+    gone = zfsdataset.suspended()
+    if gone:  # to open a device of it would wait for ever
+        raise StorageFailed(f"The pool {gone[0]} is suspended; see 'zpool status'.")
+    volume = zfsplace.volume_at(disk.path)
+    if "@" in volume:
+        raise MethodNotSupported(f"Disk {disk.target} is a snapshot already, and never changes.")
+    if disk.chain or (disk.format == "qcow2" and _has_base(disk.path)):
+        raise MethodNotSupported(
+            f"The image of disk {disk.target} has a backing file, which a snapshot of the volume "
+            "does not hold; use method qemu."
+        )
+    identity = storage.file_id(disk.path) or FileId(0, 0)
+    return {
+        **_identity(os.path.realpath(disk.path), identity),
+        "dataset": volume,
+        "name": tag.storage_name,
+        "root": "",
+        "inside": "",
+        "folder": "",
+        "mounted": False,
+        "clone": f"{os.path.dirname(volume)}/{tag.storage_name}",
+    }
+
+
+def _has_base(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return bool(qcow2.read_header(fd).backing_file)
+        finally:
+            os.close(fd)
+    except (OSError, qcow2.NotQcow2) as error:
+        raise StorageFailed(f"The image {path} can't be read as qcow2: {error}.") from error
+
+
+def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
+    """What a Target has of a file."""
+    image = os.path.realpath(disk.path)
+    fd = open_image(disk, image)
+    try:
+        found = os.fstat(fd)
+        place = zfsplace.of_file(fd, image)
+    finally:
+        os.close(fd)
+    if place is None:
+        if named:
+            raise NotUnderDisk(f"Disk {disk.target} is not in a ZFS dataset.")
+        raise MethodNotSupported(
+            f"The image of disk {disk.target} is not on ZFS; use another method."
+        )
+    root = zfsplace.open_root(place.root, place.dataset)
+    try:
+        chain.check(root, place.below, disk.format, disk.chain)
+    except chain.Outside as error:
+        if named:
+            raise NotUnderDisk(str(error)) from error
+        raise
+    finally:
+        os.close(root)
+    name = f"snapd-vm-{tag.operation or tag.uuid}"
+    shown = bool(place.snapshots) and not mount
+    folder = os.path.join(place.snapshots, name)
+    if not shown and not zfsview.can_mount():
+        raise MethodNotSupported(
+            f"The dataset of disk {disk.target} is mounted where nobody else would see its "
+            "snapshots; mount it in the host's own mount namespace."
+        )
+    if not shown:  # disks that are taken together may be in several datasets
+        digest = hashlib.sha256(os.fsencode(place.dataset)).hexdigest()
+        folder = f"{MOUNTS}/{name}.{digest[:8]}"
+    return {
+        **_identity(image, FileId(found.st_dev, found.st_ino)),
+        "dataset": place.dataset,
+        "name": name,
+        "root": place.root,
+        "inside": place.inside,
+        "folder": folder,
+        "mounted": not shown,
+        "clone": "",
+    }
+
+
+def _identity(image: str, identity: FileId) -> dict[str, Json]:
+    return {
+        "image": image,
+        "image_device": identity.device,
+        "image_inode": identity.inode,
+        "held": identity.inode,
+    }
+
+
+def open_image(disk: Disk, image: str) -> int:
+    """A descriptor of a disk's file, whose real path is `image`. Raises MethodNotSupported."""
+    try:
+        fd = os.open(image, _IMAGE)
+    except (OSError, ValueError):
+        fd = -1
+    if fd != -1 and stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    if fd != -1:
+        os.close(fd)
+    raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")
+
+
+def same(one: ZfsTarget) -> None:
+    """Raise StorageFailed where the image is another one, or elsewhere, than it was."""
+    if one.is_volume:
+        there = zfsplace.is_volume(one.declared) and storage.file_id(one.declared) == one.identity
+        if there and zfsplace.volume_at(one.declared) == one.dataset:
+            return
+    else:
+        try:
+            fd = os.open(one.image, _IMAGE)
+        except OSError as error:
+            raise StorageFailed(f"{one.image} can't be opened: {error.strerror}.") from error
+        try:
+            found, place = os.fstat(fd), zfsplace.of_file(fd, one.image)
+        finally:
+            os.close(fd)
+        where = (place.dataset, place.inside) if place is not None else ("", "")
+        if (FileId(found.st_dev, found.st_ino), *where) == (
+            one.identity,
+            one.dataset,
+            one.inside,
+        ):
+            return
+    raise StorageFailed(f"The image {one.image} was replaced meanwhile; try again.")
+
+
+def check(hypervisor: Hypervisor, disks: Sequence[ZfsTarget]) -> Needs:
+    """See Method.check. Raises NoSpace, Busy, MethodNotSupported and StorageFailed."""
+    datasets = list(dict.fromkeys(one.dataset for one in disks))
+    rooms = zfsdataset.rooms(datasets)
+    missing = next((name for name in datasets if name not in rooms), "")
+    if missing:
+        raise StorageFailed(f"The dataset {missing} is not there any more.")
+    needed = dict.fromkeys(map(zfsdataset.pool_of, datasets), 0)
+    for name in datasets:
+        needed[zfsdataset.pool_of(name)] += rooms[name].needed + RESERVE
+    for name in datasets:
+        if rooms[name].free < needed[zfsdataset.pool_of(name)]:
+            raise NoSpace(
+                f"The dataset {name} has {rooms[name].free} bytes left, and the snapshot, with "
+                f"what is overwritten after it, needs {needed[zfsdataset.pool_of(name)]}; make "
+                "some room first."
+            )
+    for one in disks:
+        if not one.is_volume:
+            check_links(hypervisor, one.declared, one.image)
+            if not one.active and storage.write_locked(one.image):
+                raise Busy(f"The image {one.image} is open for writing by another process.")
+    return Needs(
+        sum(needed.values()),
+        min(rooms[name].free for name in datasets),
+        tuple(_warnings(disks, rooms)),
+    )
+
+
+def _warnings(disks: Sequence[ZfsTarget], rooms: Mapping[str, zfsdataset.Room]) -> Iterator[str]:
+    for one in disks:
+        used = rooms[one.dataset].referenced if one.is_volume else _allocated(one.image)
+        free = rooms[one.dataset].free
+        if free < used:
+            yield (
+                f"As the guest overwrites {one.image}, up to {used} bytes more are needed, and "
+                f"{free} are free; the guest stops when there are none."
+            )
+    for dataset in dict.fromkeys(one.dataset for one in disks if not one.is_volume):
+        yield (
+            f"The snapshot holds all else that is in the dataset {dataset} too; what is removed or "
+            "overwritten there takes up its room until the snapshot is deleted."
+        )
+
+
+def _allocated(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError:
+        return 0

@@ -1,0 +1,226 @@
+"""Brings a disk back to a snapshot by the method zfs.
+
+A file is copied from the snapshot into a file without a name, which then takes the image's place
+(cloneback.py): a dataset is never rolled back, as that would roll back all else in it. A volume is
+one disk and nothing else, so it is rolled back (`zfs rollback`), which is done at once or not at
+all. It would destroy all newer snapshots, so where there are any it is refused, and none is harmed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+from typing import Protocol
+
+from snapd_vm import storage
+from snapd_vm.errors import (
+    Busy,
+    Cancelled,
+    InvalidState,
+    MethodNotSupported,
+    NoSpace,
+    StorageFailed,
+)
+from snapd_vm.methods import chain, clone, cloneback, off
+from snapd_vm.methods.folder import open_folder
+from snapd_vm.methods.image import revert_of
+from snapd_vm.methods.method import Record, Watch
+from snapd_vm.methods.zfs import zfsdataset, zfsplace, zfsview
+from snapd_vm.methods.zfs.zfstarget import ZfsTarget
+from snapd_vm.model import Domain, Tag, Target
+
+log = logging.getLogger(__name__)
+
+_PIECE = 8 << 20
+_NAMED = 5
+
+
+class Hypervisor(cloneback.Hypervisor, Protocol):
+    """What is needed of the hypervisor; blocking, raises SnapdErrors."""
+
+
+def check(hypervisor: Hypervisor, target: Target, tag: Tag) -> Target:
+    """See Reverts.check_revert."""
+    one = ZfsTarget.of(target)
+    if one.is_volume:
+        return _check_volume(hypervisor, target, one)
+    held = _open_file(one)
+    try:
+        if chain.lies_on_others(held, one.format):
+            raise MethodNotSupported(
+                "The snapshot's image has a backing file, which may have changed since; copy the "
+                "backup source over the disk instead."
+            )
+    finally:
+        os.close(held)
+    return cloneback.check(hypervisor, _origin(one), target, tag)
+
+
+def _check_volume(hypervisor: Hypervisor, target: Target, one: ZfsTarget) -> Target:
+    domain = hypervisor.read(one.domain)
+    _same_volume(hypervisor, domain, target, one)
+    newer = zfsdataset.newer(one.full)
+    if newer:
+        names = ", ".join(newer[:_NAMED]) + (" and others" if len(newer) > _NAMED else "")
+        raise InvalidState(
+            f"ZFS would destroy what is newer than the snapshot, which is {names}; delete that "
+            "first, or copy the backup source over the disk instead."
+        )
+    user = hypervisor.user_of(one.declared, one.domain, target.disk)
+    if user:
+        raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is also used by {user}.")
+    reader = storage.reader_of(one.declared, "")
+    if reader:
+        raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is in use by {reader}.")
+    written = zfsdataset.written_since(one.full)
+    return dataclasses.replace(target, data={**target.data, "revert": {"written": written}})
+
+
+def _same_volume(hypervisor: Hypervisor, domain: Domain, target: Target, one: ZfsTarget) -> None:
+    """The domain is off, and its disk still this volume. Raises InvalidState."""
+    off.check_off(hypervisor, domain)
+    disk = domain.disk(target.disk)
+    path = disk.path if disk is not None else ""
+    if not zfsplace.is_volume(path) or zfsplace.volume_at(path) != one.dataset:
+        raise InvalidState(f"Disk {target.disk} is not the volume {one.dataset} any more.")
+
+
+def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) -> Target:
+    """See Reverts.prepare_revert."""
+    one = ZfsTarget.of(target)
+    if one.is_volume:
+        record([target])
+        return target
+    return cloneback.prepare(hypervisor, _origin(one), target, tag, record)
+
+
+def go_back(hypervisor: Hypervisor, target: Target, tag: Tag, watch: Watch) -> None:
+    """See Reverts.revert."""
+    one = ZfsTarget.of(target)
+    if one.is_volume:
+        watch.past_return()
+        _same_volume(hypervisor, hypervisor.read(one.domain), target, one)
+        zfsdataset.roll_back(one.full)
+        log.info("rolled back to %s", one.full)
+        return
+    origin = _origin(one)
+    with open_folder(hypervisor, origin.folder) as folder:
+        draft = cloneback.open_draft(folder, target, tag)
+        try:
+            held = _open_file(one)
+            try:
+                copy(held, draft, watch)
+            finally:
+                os.close(held)
+        finally:
+            os.close(draft)
+    cloneback.switch(hypervisor, origin, target, tag, watch)
+
+
+def settle(hypervisor: Hypervisor, target: Target, tag: Tag) -> bool:
+    """See Reverts.settle_revert.
+
+    Of a volume: after a rollback next to nothing was written since the snapshot. Where as much was
+    as before, or more, it was not rolled back.
+    """
+    one = ZfsTarget.of(target)
+    if not one.is_volume:
+        return cloneback.settle(hypervisor, _origin(one), target, tag)
+    before, now = revert_of(target)["written"], zfsdataset.written_since(one.full)
+    return now == 0 or (isinstance(before, int) and now < before)
+
+
+def reverted(target: Target, other: Target) -> Target | None:
+    """See Reverts.reverted."""
+    if not ZfsTarget.of(target).is_volume:
+        return cloneback.reverted(target, other)
+    if other.data.get("snapshot") != target.data["snapshot"]:
+        return None
+    data = {key: value for key, value in other.data.items() if key != "revert"}
+    return dataclasses.replace(other, data=data)  # what it was, given to say that it is done
+
+
+def copy(source: int, to: int, watch: Watch) -> None:
+    """Let the second file, which is empty, have the contents of the first, holes as holes; durably.
+
+    The kernel shares the blocks where ZFS can (block cloning). Raises Cancelled, NoSpace and
+    StorageFailed.
+    """
+    found = os.fstat(source)
+    total, done, end = found.st_blocks * 512, 0, 0
+    try:
+        os.ftruncate(to, found.st_size)
+        while (begin := _data(source, end)) is not None:
+            end = os.lseek(source, begin, os.SEEK_HOLE)
+            while begin < end:
+                if watch.cancelled:
+                    raise Cancelled("The revert was cancelled; the disk is as it was.")
+                part = _copy_piece(source, to, begin, min(_PIECE, end - begin))
+                begin += part
+                done += part
+                watch.progress(min(done, total), total)
+        os.fsync(to)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace("There is no room to copy the snapshot's file; make some.") from error
+        raise StorageFailed(f"The snapshot's file can't be copied: {error.strerror}.") from error
+
+
+def _data(fd: int, offset: int) -> int | None:
+    """Where the next data begin, or None."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+
+
+def _copy_piece(source: int, to: int, offset: int, length: int) -> int:
+    """How much was copied, at least one byte."""
+    try:
+        part = os.copy_file_range(source, to, length, offset, offset)
+        if part:
+            return part
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    piece = os.pread(source, length, offset)
+    if not piece:
+        raise OSError(errno.EIO, "it ends too early")
+    return os.pwrite(to, piece, offset)
+
+
+def _origin(one: ZfsTarget) -> cloneback.Origin:
+    """What a revert goes back to: the contents are copied by `go_back`, as that may take long."""
+    return cloneback.Origin(
+        one.domain,
+        one.image,
+        one.format,
+        lambda _: _open_file(one),
+        fill=lambda _source, _draft: None,
+        room=_allocated(one) + clone.RESERVE,
+    )
+
+
+def _open_file(one: ZfsTarget) -> int:
+    """A descriptor of the image in the snapshot. Raises StorageFailed and MethodNotSupported."""
+    root = zfsview.open_root(one)
+    try:
+        return chain.open_inside(root, one.inside)
+    finally:
+        os.close(root)
+
+
+def _allocated(one: ZfsTarget) -> int:
+    """The room that the image in the snapshot takes, where it can be read."""
+    try:
+        held = _open_file(one)
+    except (StorageFailed, MethodNotSupported):
+        return 0
+    try:
+        return os.fstat(held).st_blocks * 512
+    finally:
+        os.close(held)

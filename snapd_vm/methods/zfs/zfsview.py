@@ -1,0 +1,167 @@
+"""Lets a snapshot be read: the folder in which the kernel shows it, or a mount of it where it can't
+be shown; of a volume, the device of a read-only clone. Found again, or made again, when asked for.
+
+Why a clone: the snapshot's own device appears only with `snapdev=visible`, a property of the user's
+volume, which would show all its other snapshots as well; and what somebody else did to that
+property would take our source away. A clone is as immutable (`readonly=on`, which its driver
+enforces), is there after a restart, and goes with the snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from snapd_vm import command, mounts, storage
+from snapd_vm.errors import Busy, NameInUse, StorageFailed, TimedOut
+from snapd_vm.methods.zfs import zfsdataset, zfsplace
+from snapd_vm.methods.zfs.zfstarget import ZfsTarget, device_of
+
+log = logging.getLogger(__name__)
+
+_MOUNT_S = 20.0
+_DEVICE_S = 15.0
+_BUSY_S = 5.0
+_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
+_OPTIONS = "ro,nosuid,nodev,noexec"
+
+
+def show(one: ZfsTarget) -> None:
+    """Let what is read be there. Raises SnapdErrors."""
+    if one.is_volume:
+        _show_volume(one)
+    else:
+        os.close(open_root(one))
+
+
+def open_root(one: ZfsTarget) -> int:
+    """A descriptor of the root folder of the snapshot of a dataset. Raises StorageFailed.
+
+    To open it has the kernel mount it, where it is one of the `.zfs/snapshot`.
+    """
+    if one.mounted and not mounted_at(one):
+        _mount(one)
+    return zfsplace.open_root(one.folder, one.full)
+
+
+def mounted_at(one: ZfsTarget) -> int | None:
+    """The device (st_dev) of the snapshot, if it is mounted where it is read; nothing is mounted
+    by the question.
+    """
+    found = [m for m in mounts.table() if (m.type, m.source) == ("zfs", one.full)]
+    return next((mount.device for mount in found if mount.point == one.folder), None)
+
+
+def device(one: ZfsTarget) -> int | None:
+    """The number of the clone's device, if it is there, is that clone's, and is read-only."""
+    path = device_of(one.clone)
+    found = storage.file_id(path)
+    if found is None or not zfsplace.is_volume(path) or zfsplace.volume_at(path) != one.clone:
+        return None
+    return found.device if zfsplace.is_read_only(found.device) else None
+
+
+def user(one: ZfsTarget) -> str:
+    """Who reads what a snapshot shows, in words; '': nobody."""
+    if one.is_volume:
+        return storage.reader_of(one.path, "")
+    if one.shared:
+        return storage.reader_of(one.path, "") if mounted_at(one) is not None else ""
+    for mount in mounts.table():
+        if (mount.type, mount.source) == ("zfs", one.full) and mount.point != one.folder:
+            return f"a mount on {mount.point}"
+    root = mounted_at(one)
+    return storage.reader_in(root) if root is not None else ""
+
+
+def hide(one: ZfsTarget) -> None:
+    """Take away what `show` has made. Raises SnapdErrors; Busy where somebody uses it."""
+    if one.is_volume:
+        if zfsdataset.is_clone(one.clone, one.full):
+            destroy(one.clone)
+        return
+    if one.mounted:
+        if mounted_at(one) is not None:
+            _unmount(one.folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(one.folder)
+
+
+def destroy(name: str) -> bool:
+    """Destroy a dataset or snapshot that is ours; False: it is not there. Raises SnapdErrors.
+
+    What has just appeared is looked at by udev, so for a moment it may be busy.
+    """
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            there = zfsdataset.destroy(name)
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+            continue
+        if there:
+            log.info("destroyed %s", name)
+        return there
+
+
+def can_mount() -> bool:
+    """Whether everybody would see what we mount."""
+    return mounts.in_host() or _SYSTEMD.is_dir()
+
+
+def _show_volume(one: ZfsTarget) -> None:
+    if device(one) is None:
+        try:
+            zfsdataset.clone(one.full, one.clone)
+            log.info("made the clone %s", one.clone)
+        except NameInUse:
+            if not zfsdataset.is_clone(one.clone, one.full):
+                raise
+    deadline = time.monotonic() + _DEVICE_S
+    while device(one) is None:
+        if time.monotonic() > deadline:
+            raise TimedOut(
+                f"The device {one.path} of the snapshot does not appear, or can be written to; "
+                "see 'systemctl status systemd-udevd'."
+            )
+        time.sleep(0.02)
+
+
+def _mount(one: ZfsTarget) -> None:
+    os.makedirs(os.path.dirname(one.folder), 0o700, exist_ok=True)
+    with storage.open_folder(os.path.dirname(one.folder), {0}, {0}, "make it root's own") as place:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.basename(one.folder), 0o700, dir_fd=place)
+    argv = ["mount", "-t", "zfs", "-o", _OPTIONS, "--", one.full, one.folder]
+    _in_host(argv, f"The snapshot can't be mounted on {one.folder}")
+    if mounted_at(one) is None:
+        raise StorageFailed("The snapshot was mounted where the daemon does not see it.")
+    log.info("mounted %s", one.full)
+
+
+def _unmount(folder: str) -> None:
+    _in_host(["umount", "--", folder], f"The snapshot can't be unmounted from {folder}")
+
+
+def _in_host(argv: Sequence[str], what: str) -> None:
+    """Run a program in the mount namespace of the host: what is mounted in a sandbox, nobody else
+    sees. systemd-mount(1) would do, if it took for a source what is no path.
+    """
+    if not mounts.in_host():
+        argv = [
+            "systemd-run",
+            *["--quiet", "--wait", "--pipe", "--collect", "--no-ask-password", "--"],
+            *argv,
+        ]
+    try:
+        command.run(argv, timeout=_MOUNT_S)
+    except command.CommandTimedOut as error:
+        raise TimedOut(f"{what}: {error}.") from error
+    except command.CommandError as error:
+        raise StorageFailed(f"{what}: {error}.") from error
