@@ -123,8 +123,9 @@ class Lab:
 
     @cached_property
     def _image(self) -> GuestImage:
-        """A copy of the run's own: libvirtd counts, on the files themselves, whose they are, and one
-        that is killed leaves its count behind.
+        """A copy of the run's own: libvirtd writes down on the files who uses them.
+
+        One that is killed leaves that there, and guests of other runs may not start for it.
         """
         folder = self.run.path("image")
         found = guest_image()
