@@ -20,7 +20,7 @@ pytestmark = [
 ]
 ALL = bool(os.environ.get("SNAPD_VM_ALL"))
 PYTEST = ("python3", "-m", "pytest", "-q", "--durations=5")
-WITHOUT_DAEMON = "several or xfs or overflows or (stands_still and thin) or gone_on or cut_off"
+WITHOUT_DAEMON = "several or xfs or overflows or was_killed or gone_on or cut_off"
 WITH_DAEMON = "by_default and thin or no_other_name"
 KILLED = "armed or switched or committed"
 CONFORMANCE = "is_clean or found_again or mid_command or no_room or name_on"
