@@ -14,7 +14,7 @@ from tests.hostvm.inside import LIMIT_S, passes
 from tests.lab.hostvm import HostVm
 
 ALL = bool(os.environ.get("SNAPD_VM_ALL"))
-WITHOUT_DAEMON = "several or xfs or overflows or (stands_still and thin) or gone_on or cut_off"
+WITHOUT_DAEMON = "several or xfs or overflows or was_killed or gone_on or cut_off"
 WITH_DAEMON = "by_default and thin or no_other_name"
 KILLED = "armed or switched or committed"
 CONFORMANCE = "is_clean or found_again or mid_command or no_room or name_on"

@@ -24,7 +24,7 @@ import pytest
 from snapd_vm import mounts
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods.lvm import lvmvolumes
+from snapd_vm.methods.lvm import lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvm import Lvm
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag, Target
@@ -383,6 +383,30 @@ def test_an_lvcreate_that_is_killed_while_the_volume_stands_still(
         if stood:
             return
     raise AssertionError("no kill came while the volume stood still")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("made", ["nothing", "a volume of its own", "the snapshot"])
+def test_what_an_lvcreate_that_was_killed_has_left_goes_and_the_volume_goes_on(
+    group: Group, folder: Path, kind: str, made: str
+) -> None:
+    """It makes a volume first, and then the snapshot of that, with the origin suspended."""
+    device, before = group.device(kind), group.contents()
+    taken = Taken(folder, "block", device)
+    taken.prepare()
+    if made == "the snapshot":
+        taken.method.create([taken.target], taken.tag)
+    elif made != "nothing":
+        said = lvmtags.made(taken.one.snapshot, taken.tag)
+        tags = [word for tag in said for word in ("--addtag", tag)]
+        run("lvcreate", "-q", "-y", "-Wn", "-n", taken.one.name, "-L", "36M", *tags, group.name)
+    run("dmsetup", "suspend", device)
+    restarted = taken.another()
+    assert restarted.taken(taken.target, taken.tag) is False
+    assert restarted.undo(taken.target, taken.tag, again=True) is (made != "nothing")
+    assert not group.suspended()
+    assert group.contents() == before
+    fill(device, 1)
 
 
 def create(taken: Taken) -> None:
