@@ -186,20 +186,18 @@ def standing(group: Group) -> Iterator[None]:
 async def test_an_lvcreate_that_is_killed_leaves_nothing(
     connect: Connect, faulty: Lab, places: Places, group: Group, standing: None, kind: str
 ) -> None:
-    """Whenever that is; also while the volume stands still, and the guest with it."""
+    """Whenever that is; for while the volume stands still see test_lvm_method.py."""
     device = group.device(kind)
     fill(device, 1)
     faulty.daemon.start({}, argv=DAEMON)
     api = await connect()
     guest = await guest_on(api, places, device)
     before, was = group.contents(), read(device)
-    stood_still = False
     for when, after in [(group.suspended, 0.0), (lambda: True, 0.02), (lambda: True, 0.1)]:
         call = asyncio.create_task(api.create(guest))
         killed = await asyncio.to_thread(kill_in, faulty, "lvcreate", when, after)
         with suppress(ApiError):
             await call
-        stood_still = stood_still or bool(group.suspended())
         if faulty.daemon.running:
             faulty.daemon.kill()
         faulty.daemon.start({}, argv=DAEMON)
@@ -211,7 +209,6 @@ async def test_an_lvcreate_that_is_killed_leaves_nothing(
         assert group.contents() == before
         fill(device, 1)  # it takes writes
         was = read(device)
-    assert stood_still, "no kill came while the volume stood still"
     await delete(api, await api.create(guest))
 
 

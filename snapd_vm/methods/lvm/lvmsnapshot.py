@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from snapd_vm.errors import StorageFailed
 from snapd_vm.methods.lvm import devicemapper, lvmmount, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.methods.lvm.lvmvolumes import Lv
@@ -27,7 +28,13 @@ def remove(one: LvmTarget) -> bool:
     found, _ = ours(one)
     if found is None:
         return False
-    lvmvolumes.remove(one.vg, one.name)
+    try:
+        lvmvolumes.remove(one.vg, one.name)
+    except StorageFailed as error:
+        if not found.pool or "File exists" not in str(error):
+            raise
+        lvmvolumes.forget(one.vg, found.pool, one.name)
+        lvmvolumes.remove(one.vg, one.name)
     return True
 
 

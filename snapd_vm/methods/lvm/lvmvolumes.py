@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from snapd_vm import command
 from snapd_vm.errors import Busy, NameInUse, NoSpace, SnapdError, StorageFailed
+from snapd_vm.methods import devicemapper
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +183,21 @@ def remove(vg: str, name: str) -> None:
     """Raises Busy where it is in use, and StorageFailed."""
     _run([*_words("lvremove"), "--", f"{vg}/{name}"], _LIMIT_S)
     log.info("removed logical volume %s/%s", vg, name)
+
+
+def forget(vg: str, pool: str, name: str) -> None:
+    """Have the kernel's pool drop what it has made for a thin volume, of which lvm does not know
+    that it is made: it asks for it again before all else, and fails, as that exists.
+
+    Raises StorageFailed.
+    """
+    words = ["lvs", "--config", _CONFIG, "--noheadings", "-o", "thin_id", "--", f"{vg}/{name}"]
+    number = _attempt(words, _LIMIT_S).stdout.strip()
+    if not number.isdigit():
+        raise StorageFailed(f"The number of {vg}/{name} in its pool is not to be found.")
+    inner = f"{devicemapper.joined(vg, pool)}-tpool"
+    _run(["dmsetup", "message", inner, "0", f"delete {number}"], _LIMIT_S)
+    log.warning("the thin pool %s/%s has dropped %s, which was half made", vg, pool, name)
 
 
 def rename(vg: str, name: str, to: str) -> None:
