@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from snapd_vm import command
 from snapd_vm.errors import Busy, NameInUse, NoSpace, SnapdError, StorageFailed
-from snapd_vm.methods import devicemapper
+from snapd_vm.methods.lvm import devicemapper
 
 log = logging.getLogger(__name__)
 
