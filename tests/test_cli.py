@@ -300,7 +300,7 @@ def in_call(bus: str, service: FakeService, *arguments: str) -> subprocess.Popen
 
 
 def ended(process: subprocess.Popen[str]) -> Result:
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
