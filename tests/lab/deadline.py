@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-# Where all takes longer, as in a host VM or beside other tests, every wait of the lab may last so many times as long.
+# Where all takes longer, as in a host VM or beside other tests, every wait of the lab may last so
+# many times as long.
 SLOWNESS = float(os.environ.get("SNAPD_VM_LAB_SLOWNESS", "1"))
 
 
