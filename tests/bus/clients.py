@@ -90,12 +90,14 @@ class Client:
         assert answer.message_type is MessageType.METHOD_RETURN, answer.body
         return {name: variant.value for name, variant in answer.body[0].items()}
 
-    async def heard(self, member: str, limit: float = 5) -> Message:
-        """The first signal of this name, waited for; it is then forgotten."""
+    async def heard(self, member: str, limit: float = 5, path: str = "") -> Message:
+        """The first signal of this name, and from this object if one is named, waited for; it is
+        then forgotten.
+        """
         async with asyncio.timeout(limit):
             while True:
                 for signal in self.signals:
-                    if signal.member == member:
+                    if signal.member == member and path in ("", signal.path):
                         self.signals.remove(signal)
                         return signal
                 await asyncio.sleep(0.005)

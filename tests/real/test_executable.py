@@ -59,7 +59,7 @@ def own(lab: Lab) -> Iterator[Guest]:
 @pytest.fixture
 def array(lab: Lab, faulty: Lab) -> Iterator[Array]:
     """The program, and a daemon that has it."""
-    made = Array.install(lab, reverts=True)
+    made = Array.install(lab, lab.folder("executable-copies"), reverts=True)
     faulty.daemon.start({**made.config, "frozen_limit_s": LIMIT_S})
     yield made
     made.faults()

@@ -121,7 +121,7 @@ async def test_after_the_point_of_no_return_it_goes_to_its_end(
     await refused(halted.other.call(job, JOB, "Cancel"), "InvalidState")
     halted.flag.unlink()
     await halted.call
-    assert (await halted.other.client.heard("Completed")).body == [True, ""]
+    assert (await halted.other.client.heard("Completed", path=job)).body == [True, ""]
     assert not halted.completions()
     ended = await halted.other.properties(job, JOB)
     made = await halted.api.snapshots_of(two)

@@ -99,7 +99,7 @@ async def test_a_limited_delete_takes_its_time_and_its_job_tells_how_far_it_is(
     await deleting
     took = time.monotonic() - began
     assert size / (BANDWIDTH * MIB) - 0.2 < took < size / (BANDWIDTH * MIB) + 10
-    completed = await api.client.heard("Completed")
+    completed = await api.client.heard("Completed", path=job)
     assert (completed.path, completed.body) == (job, [True, ""])
     rises = progress_told(api, job)
     assert len(rises) >= 3
@@ -137,7 +137,7 @@ async def test_a_cancelled_delete_leaves_the_disk_and_the_other_snapshots_as_the
     await api.call(job, JOB, "Cancel")
     error = await refused(deleting, "Cancelled")
     assert "/" not in error.text
-    completed = await api.client.heard("Completed")
+    completed = await api.client.heard("Completed", path=job)
     assert completed.body[0] is False
 
     assert "<mirror" not in large.domain.XMLDesc()

@@ -199,7 +199,7 @@ async def test_cancelled(connect: Connect, faulty: Lab, places: Places, tmp_path
     await cancel
     await refused(call, "Cancelled")
     assert (world(guest), await api.snapshots_of(guest)) == (before, there)
-    completed = await api.client.heard("Completed")
+    completed = await api.client.heard("Completed", path=job)
     assert completed.body == [False, "The operation was cancelled and undone."]
     ended = await api.properties(job, JOB)
     assert ended["Result"] == {"error": f"{PREFIX}Cancelled"}
@@ -223,7 +223,7 @@ async def test_it_can_not_be_cancelled_once_the_disk_is_the_snapshots(
     await refused(other.call(job, JOB, "Cancel"), "InvalidState")
     halted.flag.unlink()
     await call
-    completed = await api.client.heard("Completed")
+    completed = await api.client.heard("Completed", path=job)
     assert completed.body == [True, ""]
     assert whole(file_of(guest), tmp_path) == whole(created.file, tmp_path)
 
