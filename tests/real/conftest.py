@@ -18,15 +18,16 @@ PAUSE_US = 20_000
 """Between a guest's writes. A guest that writes all the time takes a third of a core, and several
 run at once; who measures to milliseconds, or wants all the load, sets another (Guest.writer)."""
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root")
+LAB = pytest.StashKey[Lab]()
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """Bus, polkitd and libvirtd; guests and the daemon are started by who needs them."""
     if os.geteuid() != 0:
         pytest.skip("the lab needs root")
     with Lab(pause_us=PAUSE_US) as running:
+        request.config.stash[LAB] = running
         yield running
 
 
@@ -77,6 +78,32 @@ def scratch(lab: Lab, tmp_path: Path) -> Path:
     return tmp_path
 
 
+class LibvirtdCrashed(Exception):
+    """libvirtd ended by a fault of its own in a test, which says nothing about what is tested."""
+
+
+def _restarted(item: pytest.Item) -> bool:
+    """Whether the lab's libvirtd had crashed, and was started again."""
+    lab = item.config.stash.get(LAB, None)
+    if lab is None or not lab.libvirtd.crashed():
+        return False
+    lab.libvirtd.start()
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """Tell a crash of libvirtd from a failure; see pytest_collection_modifyitems."""
+    try:
+        yield
+    finally:
+        if _restarted(item):
+            raise LibvirtdCrashed
+
+
+pytest_runtest_call = pytest_runtest_setup
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -90,6 +117,11 @@ def pytest_runtest_makereport(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that nobody waits for them alone at the end."""
+    """Put the files first that take longest, so that nobody waits for them alone at the end.
+
+    A test in which libvirtd crashed is run once more, and the summary says so.
+    """
     first = ("test_model.py",)
     items.sort(key=lambda item: item.path.name not in first)
+    for item in items:
+        item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[LibvirtdCrashed]))

@@ -45,6 +45,7 @@ async def test_it_reconnects_by_itself_and_says_so(daemon: Lab, api: Api, guest:
     assert error.value.name == "HypervisorUnavailable"
     await asyncio.to_thread(daemon.libvirtd.start)
     await until_connected(api, True)
+    await asyncio.to_thread(guest.wait_agent)  # libvirt opens its channel after it has our call
     await api.create(guest, flags=QUIESCE_REQUIRED)
     told = [
         signal.body[1]["Connected"].value
@@ -76,6 +77,7 @@ async def test_libvirtd_restarted_in_mid_create(
     else:
         assert not isinstance(answer, BaseException), answer
         assert outcome == "snapshot"
+    await asyncio.to_thread(guest.wait_agent)
     await api.create(guest, flags=QUIESCE_REQUIRED)
 
 
