@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods.lvm import devicemapper, lvmfile, lvmrevert, lvmsizes, lvmtags, lvmvolumes
+from snapd_vm.methods.lvm import devicemapper, lvmrevert, lvmsizes, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmvolumes import Lv
 from snapd_vm.model import Tag
 
@@ -242,35 +242,3 @@ def test_only_pages_that_differ_are_written(tmp_path: Path) -> None:
     for at, data in found:
         now[at : at + len(data)] = data
     assert now == was
-
-
-class Patient:
-    """Somebody who watches a copy."""
-
-    cancelled = False
-    seen = 0
-
-    def progress(self, done: int, total: int) -> None:
-        self.seen = done
-
-    def past_return(self) -> None: ...
-
-    def spoil(self) -> None: ...
-
-    spoilt = False
-
-
-def test_a_file_is_copied_with_its_holes(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    with open(one, "wb") as file:
-        file.truncate(64 * MIB)
-        file.seek(10 * MIB)
-        file.write(b"x" * 5000)
-        file.seek(40 * MIB)
-        file.write(b"y")
-    watch = Patient()
-    with open(one, "rb") as source, open(other, "wb") as to:
-        lvmfile.copy_sparse(source.fileno(), to.fileno(), watch)
-    assert one.read_bytes() == other.read_bytes()
-    assert other.stat().st_blocks * 512 < MIB
-    assert watch.seen > 40 * MIB

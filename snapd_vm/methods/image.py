@@ -1,4 +1,4 @@
-"""Files as methods keep them in a Target, and what a revert has written down there."""
+"""Images as methods keep them in a Target, and what a revert has written down there."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Image:
         """Whether the path still stands for it: a device's number may be another after a reboot."""
         found = file_id(self.path)
         return found is not None and found.inode == self.file.inode
+
+
+def number(value: Json | None) -> int:
+    """The number; 0 for what is none."""
+    return value if isinstance(value, int) else 0
 
 
 def images(value: Json) -> tuple[Image, ...]:

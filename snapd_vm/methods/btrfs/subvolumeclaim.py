@@ -5,7 +5,6 @@ named; what forbids it; and which snapshots of ours there are. Looks and changes
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from snapd_vm import mounts, storage
@@ -14,22 +13,20 @@ from snapd_vm.errors import (
     MethodNotSupported,
     NameInUse,
     NoSpace,
-    NotUnderDisk,
     SnapdError,
     StorageFailed,
 )
-from snapd_vm.methods import chain, clone
+from snapd_vm.methods import chain, clone, taken
 from snapd_vm.methods.btrfs import snapshotfolder, subvolume
 from snapd_vm.methods.btrfs.subvolume import Subvolume
 from snapd_vm.methods.btrfs.subvolumetarget import SubvolumeTarget
 from snapd_vm.methods.folder import Hypervisor, check_links, open_folder
 from snapd_vm.methods.method import Stored
 from snapd_vm.model import Disk, Domain, Needs, Tag, Target
+from snapd_vm.storage import FileId
 
 RESERVE = 1 << 20
 """Bytes that must be free: a snapshot takes next to none, but what is overwritten then does."""
-
-_IMAGE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def claim(
@@ -40,11 +37,9 @@ def claim(
     `asked`: the caller named the method, and perhaps the subvolume (`named`), which is compared
     with the disk's and never followed. Raises MethodNotSupported, NotUnderDisk and StorageFailed.
     """
-    problem = _unfit(disk, asked=asked)
-    if problem:
-        raise MethodNotSupported(problem)
+    taken.check_fit(disk, "btrfs", {"file": "files"}, chain.FORMATS if asked else taken.RAW)
     image = os.path.realpath(disk.path)
-    fd = _open(disk, image)
+    fd = taken.open_image(disk, image)
     try:
         found = os.fstat(fd)
         layer = subvolume.holding(fd, image)
@@ -57,14 +52,7 @@ def claim(
             f"The image of disk {disk.target} is not on btrfs; use another method."
         )
     root = subvolume.open_root(layer.root, layer.uuid)
-    try:
-        chain.check(root, layer.inside, disk.format, disk.chain)
-    except chain.Outside as error:
-        if named:
-            raise NotUnderDisk(str(error)) from error
-        raise
-    finally:
-        os.close(root)
+    taken.check_chain(root, layer.inside, disk, named=bool(named))
     place = _place(layer, snapshot_dir)
     snapshotfolder.check(place)
     operation = tag.operation or tag.uuid
@@ -72,15 +60,8 @@ def claim(
         method="btrfs",
         disk=disk.target,
         data={
-            "snapshot": tag.uuid,
-            "domain": domain.uuid,
-            "active": domain.active,
-            "declared": disk.path,
-            "image": image,
-            "image_device": found.st_dev,
-            "image_inode": found.st_ino,
-            "held": found.st_ino,
-            "format": disk.format,
+            **taken.described(domain, disk, tag),
+            **taken.identified(image, FileId(found.st_dev, found.st_ino)),
             "source": layer.uuid,
             "root": layer.root,
             "inside": layer.inside,
@@ -89,34 +70,6 @@ def claim(
             "name": f"snapd-vm-{operation}",
         },
     )
-
-
-def _unfit(disk: Disk, *, asked: bool) -> str:
-    """Why the disk can't be taken, whatever its file system, or ''."""
-    if disk.type != "file":
-        return f"Disk {disk.target} has a {disk.type} source; method btrfs takes files."
-    if disk.format not in (chain.FORMATS if asked else ("raw",)):
-        return (
-            f"Disk {disk.target} has the format '{disk.format}'; method btrfs takes raw and qcow2 "
-            "images, so use method qemu."
-        )
-    if disk.encrypted:
-        return f"Disk {disk.target} is encrypted, and its snapshot would not say with which key."
-    if "<slice" in disk.source_xml:
-        return f"Disk {disk.target} is a slice of its image; method btrfs takes whole images."
-    return ""
-
-
-def _open(disk: Disk, image: str) -> int:
-    try:
-        fd = os.open(image, _IMAGE)
-    except (OSError, ValueError):
-        fd = -1
-    if fd != -1 and stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    if fd != -1:
-        os.close(fd)
-    raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")
 
 
 def check(hypervisor: Hypervisor, disks: Sequence[SubvolumeTarget]) -> Needs:
@@ -198,7 +151,7 @@ def stored(domains: Iterable[Domain], snapshot_dir: str) -> Iterator[Stored]:
             devices.setdefault(found.device, f"disk {disk.target} of domain {domain.name}")
             try:
                 image = os.path.realpath(disk.path)
-                fd = _open(disk, image)
+                fd = taken.open_image(disk, image)
                 try:
                     layer = subvolume.holding(fd, image)
                 finally:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from snapd_vm.model import Json, Target
-from snapd_vm.storage import FileId
+from snapd_vm.methods.taken import Taken
+from snapd_vm.model import Target
 
 
 @dataclass(frozen=True, slots=True)
-class SubvolumeTarget:
+class SubvolumeTarget(Taken):
     """A Target's data.
 
-    `declared` is the image's path as the domain has it, `image` where that leads to, `held` the
-    inode that it had when it was taken. `source` is the UUID of the subvolume, `root` its root
+    `source` is the UUID of the subvolume, `root` its root
     folder, `inside` the image's path below that. The snapshot `name` is in `folder`, a folder of
     its own in `place`. `shared`: other snapshots on record, of disks taken together, are in it too.
     """
 
-    snapshot: str
-    domain: str
-    active: bool
-    declared: str
-    image: str
-    identity: FileId
-    held: int
-    format: str
     source: str
     root: str
     inside: str
@@ -39,14 +30,7 @@ class SubvolumeTarget:
     def of(cls, target: Target) -> SubvolumeTarget:
         data = target.data
         return cls(
-            snapshot=str(data["snapshot"]),
-            domain=str(data["domain"]),
-            active=bool(data["active"]),
-            declared=str(data["declared"]),
-            image=str(data["image"]),
-            identity=FileId(_number(data["image_device"]), _number(data["image_inode"])),
-            held=_number(data["held"]),
-            format=str(data["format"]),
+            **cls.fields_of(data),
             source=str(data["source"]),
             root=str(data["root"]),
             inside=str(data["inside"]),
@@ -65,7 +49,3 @@ class SubvolumeTarget:
     def file(self) -> str:
         """The image in it."""
         return os.path.join(self.path, self.inside)
-
-
-def _number(value: Json) -> int:
-    return value if isinstance(value, int) else 0

@@ -28,7 +28,7 @@ from snapd_vm.errors import (
     NameInUse,
     StorageFailed,
 )
-from snapd_vm.methods import cloneback
+from snapd_vm.methods import cloneback, copyback
 from snapd_vm.methods.folder import check_links
 from snapd_vm.methods.lvm import (
     devicemapper,
@@ -282,8 +282,9 @@ class Lvm:
         if not one.image:
             self._revert.revert(target, watch)
             return
-        lvmfile.copy(self._hypervisor, target, tag, watch)
-        cloneback.switch(self._hypervisor, lvmfile.origin_of(one), target, tag, watch)
+        origin = lvmfile.origin_of(one)
+        copyback.fill(self._hypervisor, origin, target, tag, watch)
+        cloneback.switch(self._hypervisor, origin, target, tag, watch)
 
     def settle_revert(self, target: Target, tag: Tag) -> bool:
         """See Reverts."""

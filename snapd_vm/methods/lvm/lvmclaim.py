@@ -8,19 +8,19 @@ that udev gives the very volume that was found from the disk.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 
 from snapd_vm import command, mounts
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
-from snapd_vm.methods import chain
+from snapd_vm.methods import chain, taken
 from snapd_vm.methods.lvm import devicemapper, lvmmount
 from snapd_vm.methods.lvm.devicemapper import Volume
 from snapd_vm.methods.lvm.lvmvolumes import PROGRAMS
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Tag, Target
 from snapd_vm.mounts import Mount
+from snapd_vm.storage import FileId
 
-_IMAGE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_TAKES = {"block": "logical volumes", "file": "files on them"}
 _ELSEWHERE = ("logdev=", "rtdev=")
 """Options by which an XFS has a part of itself on another device."""
 
@@ -29,9 +29,7 @@ def claim(
     domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag, mount_dir: str
 ) -> Target:
     """The Target of a disk, see LvmTarget. Raises MethodNotSupported and NotUnderDisk."""
-    problem = _unfit(disk, asked=request is not None)
-    if problem:
-        raise MethodNotSupported(problem)
+    taken.check_fit(disk, "lvm", _TAKES, taken.RAW if request is None else chain.FORMATS)
     options = request.options if request is not None else {}
     named = options.get("device", "")
     file: Mapping[str, Json] = {}
@@ -57,17 +55,13 @@ def claim(
         method="lvm",
         disk=disk.target,
         data={
-            "snapshot": tag.uuid,
-            "domain": domain.uuid,
-            "active": domain.active,
+            **taken.described(domain, disk, tag),
             "kind": volume.kind,
             "vg": volume.vg,
             "vg_uuid": volume.vg_uuid,
             "lv": volume.lv,
             "lv_uuid": volume.lv_uuid,
             "wanted": wanted,
-            "format": disk.format,
-            "declared": disk.path,
             **file,
         },
     )
@@ -78,22 +72,6 @@ def missing() -> str:
     if all(command.installed(program) for program in PROGRAMS):
         return ""
     return "The programs of lvm are not there; install lvm2 (Debian's package)."
-
-
-def _unfit(disk: Disk, *, asked: bool) -> str:
-    """Why the disk can't be taken, whatever it lies on, or ''."""
-    if disk.type not in ("block", "file"):
-        return f"Disk {disk.target} has a {disk.type} source; method lvm takes logical volumes."
-    if disk.format not in (chain.FORMATS if asked else ("raw",)):
-        return (
-            f"Disk {disk.target} has the format '{disk.format}'; method lvm takes raw and qcow2 "
-            "images, so use method qemu."
-        )
-    if disk.encrypted:
-        return f"Disk {disk.target} is encrypted, and its snapshot would not say with which key."
-    if "<slice" in disk.source_xml:
-        return f"Disk {disk.target} is a slice of its image; method lvm takes whole images."
-    return ""
 
 
 def _unfit_volume(disk: Disk, volume: Volume, tag: Tag, wanted: int) -> str:
@@ -125,17 +103,12 @@ def _not_under(disk: Disk, named: str, volume: Volume | None) -> str:
 def _holding(disk: Disk, tag: Tag, mount_dir: str) -> tuple[Volume | None, Mapping[str, Json]]:
     """The volume whose file system holds the disk's file, and what a Target says of the file."""
     image = os.path.realpath(disk.path)
-    try:
-        fd = os.open(image, _IMAGE)
-    except (OSError, ValueError):
-        raise MethodNotSupported(f"The image of disk {disk.target} is not there.") from None
+    fd = taken.open_image(disk, image)
     try:
         found = os.fstat(fd)
         mount = mounts.mount_of(fd)
     finally:
         os.close(fd)
-    if not stat.S_ISREG(found.st_mode):
-        raise MethodNotSupported(f"The image of disk {disk.target} is not a file.")
     if mount.type not in lvmmount.OPTIONS:
         raise MethodNotSupported(_unfit_file_system(disk, mount))
     volume = devicemapper.volume_of(found.st_dev) if found.st_dev == mount.device else None
@@ -148,12 +121,9 @@ def _holding(disk: Disk, tag: Tag, mount_dir: str) -> tuple[Volume | None, Mappi
         )
     below = os.path.relpath(image, mount.point)  # '.' of a file that is a mount itself
     inside = os.path.normpath(os.path.join(mount.root, below)).lstrip("/")
-    _check_chain(disk, found.st_dev, inside)
+    taken.check_chain(open_root(found.st_dev), inside, disk, named=True)
     return volume, {
-        "image": image,
-        "image_device": found.st_dev,
-        "image_inode": found.st_ino,
-        "held": found.st_ino,
+        **taken.identified(image, FileId(found.st_dev, found.st_ino)),
         "filesystem": mount.type,
         "inside": inside,
         "mount": os.path.join(mount_dir, tag.uuid),
@@ -170,17 +140,6 @@ def _unfit_file_system(disk: Disk, mount: Mount) -> str:
         f"Disk {disk.target} is on {mount.type}; of the file systems on logical volumes method lvm "
         "knows ext4 and XFS."
     )
-
-
-def _check_chain(disk: Disk, device: int, inside: str) -> None:
-    """The whole chain must be in the file system. Raises NotUnderDisk and MethodNotSupported."""
-    root = open_root(device)
-    try:
-        chain.check(root, inside, disk.format, disk.chain)
-    except chain.Outside as error:
-        raise NotUnderDisk(str(error)) from error
-    finally:
-        os.close(root)
 
 
 def open_root(device: int) -> int:

@@ -6,17 +6,14 @@ import ctypes
 import logging
 import os
 
-from snapd_vm.errors import Cancelled, MethodNotSupported, StorageFailed
-from snapd_vm.methods import chain, clone, cloneback
+from snapd_vm.errors import MethodNotSupported, StorageFailed
+from snapd_vm.methods import chain, clone, cloneback, copyback
 from snapd_vm.methods.folder import open_folder
 from snapd_vm.methods.lvm import lvmmount
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
-from snapd_vm.methods.method import Watch
-from snapd_vm.model import Tag, Target
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4 << 20
 _libc = ctypes.CDLL(None, use_errno=True)  # syncfs(2), which Python lacks
 
 
@@ -92,61 +89,5 @@ def _open_file(one: LvmTarget) -> int:
 
 
 def origin_of(one: LvmTarget) -> cloneback.Origin:
-    """What a revert of a file goes back to; it is copied by `copy`."""
-    return cloneback.Origin(
-        one.domain,
-        one.image,
-        one.format,
-        lambda _: _open_file(one),
-        fill=lambda _snapshot, _draft: None,
-        room=_allocated(one) + clone.RESERVE,
-    )
-
-
-def _allocated(one: LvmTarget) -> int:
-    try:
-        return os.stat(one.file).st_blocks * 512
-    except OSError:  # not mounted: settling needs no room
-        return 0
-
-
-def copy(hypervisor: cloneback.Hypervisor, target: Target, tag: Tag, watch: Watch) -> None:
-    """Let what will take the image's place have the contents of the snapshot's file."""
-    one = LvmTarget.of(target)
-    with open_folder(hypervisor, os.path.dirname(one.image)) as folder:
-        draft = cloneback.open_draft(folder, target, tag)
-        try:
-            held = _open_file(one)
-            try:
-                copy_sparse(held, draft, watch)
-            finally:
-                os.close(held)
-        finally:
-            os.close(draft)
-
-
-def copy_sparse(source: int, to: int, watch: Watch) -> None:
-    """Let an empty file have the contents of another, holes left holes.
-
-    Raises Cancelled and StorageFailed.
-    """
-    size, at = os.fstat(source).st_size, 0
-    try:
-        os.ftruncate(to, size)
-        while at < size:
-            try:
-                at = os.lseek(source, at, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole follows
-                break
-            end = os.lseek(source, at, os.SEEK_HOLE)
-            while at < end:
-                if watch.cancelled:
-                    raise Cancelled("The revert was cancelled; the disk is as it was.")
-                piece = os.pread(source, min(_BLOCK, end - at), at)
-                if not piece:
-                    raise StorageFailed("The snapshot's file ends too early.")
-                at += os.pwrite(to, piece, at)
-                watch.progress(at, size)
-        os.fsync(to)
-    except OSError as error:
-        raise StorageFailed(f"The snapshot can't be copied: {error.strerror}.") from error
+    """What a revert of a file goes back to; copyback.fill copies it."""
+    return copyback.origin(one.domain, one.image, one.format, lambda: _open_file(one))

@@ -1,34 +1,32 @@
-"""Mounts the file system in a snapshot of a volume, for the host, so that a file in it can be read.
+"""Mounts the file system in a snapshot of a volume, so that a file in it can be read.
 
-The daemon may have a mount table of its own, in which nobody else would see it. So systemd is asked
-for a transient mount unit, where it runs (systemd-mount(1)). The journal of the file system is not
-replayed: lvm had the kernel bring it to rest (FIFREEZE), and the volume is read-only.
+Where systemd runs it is asked for a transient mount unit (systemd-mount(1)), which shows what is
+mounted and by whom; else see hostmount.py. The journal of the file system is not replayed: lvm had
+the kernel bring it to rest (FIFREEZE), and the volume is read-only.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
-from snapd_vm import command, mounts
-from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
+from snapd_vm import mounts
+from snapd_vm.errors import MethodNotSupported, StorageFailed
+from snapd_vm.methods import hostmount
 from snapd_vm.methods.lvm import devicemapper
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 
 log = logging.getLogger(__name__)
 
-_SAFE = "ro,nosuid,nodev,noexec"
-OPTIONS = {"ext4": f"{_SAFE},noload", "xfs": f"{_SAFE},norecovery,nouuid"}
+OPTIONS = {"ext4": f"{hostmount.SAFE},noload", "xfs": f"{hostmount.SAFE},norecovery,nouuid"}
 """By the file systems whose snapshots can be mounted beside them."""
 
-_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
-_LIMIT_S = 60.0
+_SUBJECT = "The snapshot's file system"
 
 
 def check() -> None:
     """Raise MethodNotSupported where nobody would see what is mounted."""
-    if not _SYSTEMD.is_dir() and not mounts.in_host():
+    if not hostmount.possible():
         raise MethodNotSupported(
             "The daemon has a mount table of its own and the host no systemd, so that nobody would "
             "see the snapshot's files; name no <device>."
@@ -43,50 +41,28 @@ def mounted(one: LvmTarget) -> bool:
 
 
 def mount(one: LvmTarget) -> None:
-    """Mount it, unless it is. Raises StorageFailed."""
+    """Mount it, unless it is. Raises Busy, TimedOut and StorageFailed."""
     if mounted(one):
         return
-    _release(one.mount)  # of an earlier device, as after it was lost
+    hostmount.unmount(one.mount, _SUBJECT)  # of an earlier device, as after it was lost
     try:
         os.makedirs(os.path.dirname(one.mount), 0o700, exist_ok=True)
         os.makedirs(one.mount, 0o700, exist_ok=True)
     except OSError as error:
         raise StorageFailed(f"{one.mount} can't be made: {error.strerror}.") from error
     words = ["-t", one.filesystem, "-o", OPTIONS[one.filesystem], "--", one.device, one.mount]
-    if _SYSTEMD.is_dir():
-        words = ["systemd-mount", "--no-ask-password", "--quiet", "--fsck=no", "--collect", *words]
+    what = f"{_SUBJECT} can't be mounted"
+    if hostmount.by_systemd():
+        options = ("--no-ask-password", "--quiet", "--fsck=no", "--collect")
+        hostmount.attempt(["systemd-mount", *options, *words], what)
     else:
-        words = ["mount", *words]
-    try:
-        command.run(words, timeout=_LIMIT_S)
-    except command.CommandError as error:
-        raise StorageFailed(f"The snapshot's file system can't be mounted: {error}.") from error
+        hostmount.run(["mount", *words], what)
     if not mounted(one):
-        raise StorageFailed("The snapshot's file system was mounted where the daemon sees it not.")
+        raise StorageFailed(f"{_SUBJECT} was mounted where the daemon does not see it.")
     log.info("mounted %s at %s", one.device, one.mount)
 
 
 def unmount(one: LvmTarget) -> None:
-    """Unmount it, if it is, and remove the place. Raises Busy and StorageFailed."""
-    _release(one.mount)
-    try:
-        os.rmdir(one.mount)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageFailed(f"{one.mount} can't be removed: {error.strerror}.") from error
-
-
-def _release(place: str) -> None:
-    if not any(mount.point == place for mount in mounts.table()):
-        return
-    try:
-        if _SYSTEMD.is_dir():
-            command.run(["systemd-mount", "--umount", "--quiet", "--", place], timeout=_LIMIT_S)
-        if any(mount.point == place for mount in mounts.table()):
-            command.run(["umount", "--", place], timeout=_LIMIT_S)
-    except command.CommandError as error:
-        if "busy" in str(error) or "busy" in error.stderr:
-            raise Busy("The snapshot's file system is in use; wait for its end.") from error
-        raise StorageFailed(f"The snapshot's file system can't be unmounted: {error}.") from error
-    log.info("unmounted %s", place)
+    """Unmount it, if it is, and remove the place. Raises Busy, TimedOut and StorageFailed."""
+    hostmount.unmount(one.mount, _SUBJECT)
+    hostmount.remove(one.mount)

@@ -5,38 +5,29 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from snapd_vm.methods.image import number
 from snapd_vm.methods.lvm import devicemapper
-from snapd_vm.model import Json, Target
-from snapd_vm.storage import FileId
+from snapd_vm.methods.taken import Taken
+from snapd_vm.model import Target
 
 
 @dataclass(frozen=True, slots=True)
-class LvmTarget:
+class LvmTarget(Taken):
     """A Target's data.
 
     The snapshot is one of the volume `lv`, which is `kind` (see devicemapper.Volume); `wanted` is
-    the size that the caller asked for, 0 if none. `declared` is the disk's path as the domain has
-    it.
+    the size that the caller asked for, 0 if none.
 
-    Where the disk is a file on the volume's file system, `image` is where that path leads to,
-    `identity` and `held` its identity and its inode when it was taken, `inside` its path from the
-    root of the `filesystem`, and `mount` where the snapshot's is mounted; else they are ''.
+    Where the disk is a file on the volume's file system, it is the `image`, `inside` its path from
+    the root of the `filesystem`, and `mount` where the snapshot's is mounted; else they are ''.
     """
 
-    snapshot: str
-    domain: str
-    active: bool
     kind: str
     vg: str
     vg_uuid: str
     lv: str
     lv_uuid: str
     wanted: int
-    format: str
-    declared: str
-    image: str
-    identity: FileId
-    held: int
     filesystem: str
     inside: str
     mount: str
@@ -45,20 +36,13 @@ class LvmTarget:
     def of(cls, target: Target) -> LvmTarget:
         data = target.data
         return cls(
-            snapshot=str(data["snapshot"]),
-            domain=str(data["domain"]),
-            active=bool(data["active"]),
+            **cls.fields_of(data),
             kind=str(data["kind"]),
             vg=str(data["vg"]),
             vg_uuid=str(data["vg_uuid"]),
             lv=str(data["lv"]),
             lv_uuid=str(data["lv_uuid"]),
-            wanted=_number(data["wanted"]),
-            format=str(data["format"]),
-            declared=str(data["declared"]),
-            image=str(data.get("image", "")),
-            identity=FileId(_number(data.get("image_device")), _number(data.get("image_inode"))),
-            held=_number(data.get("held")),
+            wanted=number(data["wanted"]),
             filesystem=str(data.get("filesystem", "")),
             inside=str(data.get("inside", "")),
             mount=str(data.get("mount", "")),
@@ -88,7 +72,3 @@ class LvmTarget:
     def thin(self) -> bool:
         """Whether it lies in a pool, and needs no size."""
         return self.kind == devicemapper.THIN
-
-
-def _number(value: Json | None) -> int:
-    return value if isinstance(value, int) else 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from snapd_vm.model import Json, Target
+from snapd_vm.methods.image import number
+from snapd_vm.model import Target
 from snapd_vm.storage import FileId
 
 
@@ -34,9 +35,9 @@ class CloneTarget:
             active=bool(data["active"]),
             declared=str(data["declared"]),
             image=str(data["image"]),
-            identity=FileId(_number(data["image_device"]), _number(data["image_inode"])),
+            identity=FileId(number(data["image_device"]), number(data["image_inode"])),
             path=str(data["clone"]),
-            inode=_number(data.get("inode")),
+            inode=number(data.get("inode")),
         )
 
     @property
@@ -48,7 +49,3 @@ class CloneTarget:
     def name(self) -> str:
         """The clone's name there."""
         return os.path.basename(self.path)
-
-
-def _number(value: Json) -> int:
-    return value if isinstance(value, int) else 0

@@ -20,7 +20,7 @@ from lxml import etree
 
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods import clone, cloneback, overlay
+from snapd_vm.methods import clone, cloneback, overlay, taken
 from snapd_vm.methods.folder import check_links, low_space, open_folder, refuse_reader
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Watch
 from snapd_vm.methods.reflink.clonetarget import CloneTarget
@@ -67,14 +67,15 @@ class Reflink:
     ) -> Target | None:
         """See Method. Whether the file system can clone is tried here only if nobody asked."""
         image = os.path.realpath(disk.path)
-        problem = _unfit(disk)
-        identity = None if problem else _regular(image)
-        if not problem and identity is None:
-            problem = f"The image of disk {disk.target} is not there, or not a file."
-        if request is None and (problem or not clone.is_possible(os.path.dirname(image))):
+        try:
+            taken.check_fit(disk, self.name, {"file": "files"}, taken.RAW)
+            identity = _regular(disk, image)
+        except MethodNotSupported:
+            if request is not None:
+                raise
             return None
-        if identity is None:
-            raise MethodNotSupported(problem)
+        if request is None and not clone.is_possible(os.path.dirname(image)):
+            return None
         return Target(
             method=self.name,
             disk=disk.target,
@@ -309,25 +310,12 @@ def _origin(target: Target) -> cloneback.Origin:
     )
 
 
-def _unfit(disk: Disk) -> str:
-    """Why the disk can't be taken, whatever its file system, or ''."""
-    if disk.type != "file":
-        return f"Disk {disk.target} has a {disk.type} source; method reflink takes files."
-    if disk.format != "raw":
-        return (
-            f"Disk {disk.target} has the format '{disk.format}'; method reflink takes raw images, "
-            "so use method qemu."
-        )
-    if disk.encrypted:
-        return f"Disk {disk.target} is encrypted, and its clone would not say with which key."
-    if "<slice" in disk.source_xml:
-        return f"Disk {disk.target} is a slice of its image, and a clone would be of the whole."
-    return ""
-
-
-def _regular(path: str) -> FileId | None:
+def _regular(disk: Disk, path: str) -> FileId:
+    """What the image is; it is not opened, as a server of NFS may not let root read it."""
     try:
         found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            return FileId(found.st_dev, found.st_ino)
     except (OSError, ValueError):
-        return None
-    return FileId(found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+        pass
+    raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 
 from snapd_vm import qcow2, storage
@@ -17,9 +16,9 @@ from snapd_vm.errors import (
     NotUnderDisk,
     StorageFailed,
 )
-from snapd_vm.methods import chain
+from snapd_vm.methods import chain, hostmount, taken
 from snapd_vm.methods.folder import Hypervisor, check_links
-from snapd_vm.methods.zfs import zfsdataset, zfsplace, zfsview
+from snapd_vm.methods.zfs import zfsdataset, zfsplace
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget
 from snapd_vm.model import Disk, Domain, Json, Needs, Tag, Target
 from snapd_vm.storage import FileId
@@ -30,8 +29,6 @@ RESERVE = 1 << 20
 MOUNTS = "/run/snapd-vm/zfs"
 """Where a snapshot is mounted that the kernel does not show."""
 
-_IMAGE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
 
 def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str, mount: bool) -> Target:
     """The Target of a disk that is in a dataset or is a volume, see ZfsTarget.
@@ -40,9 +37,8 @@ def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str, moun
     the disk's. `mount`: the kernel's own way to show a snapshot is not used. Raises
     MethodNotSupported, NotUnderDisk and StorageFailed.
     """
-    problem = _unfit(disk, asked=asked)
-    if problem:
-        raise MethodNotSupported(problem)
+    takes = {"file": "files", "block": "volumes"}
+    taken.check_fit(disk, "zfs", takes, chain.FORMATS if asked else taken.RAW)
     found = _volume(disk, tag) if disk.type == "block" else _file(disk, tag, named, mount)
     dataset = str(found["dataset"])
     if named and named != dataset:
@@ -53,31 +49,8 @@ def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str, moun
         raise MethodNotSupported(
             "Method zfs needs the program zfs; install zfsutils-linux, or use another method."
         )
-    data: dict[str, Json] = {
-        "snapshot": tag.uuid,
-        "domain": domain.uuid,
-        "active": domain.active,
-        "declared": disk.path,
-        "format": disk.format,
-        **found,
-    }
+    data = {**taken.described(domain, disk, tag), **found}
     return Target(method="zfs", disk=disk.target, data=data)
-
-
-def _unfit(disk: Disk, *, asked: bool) -> str:
-    """Why the disk can't be taken, wherever it is, or ''."""
-    if disk.type not in ("file", "block"):
-        return f"Disk {disk.target} has a {disk.type} source; method zfs takes files and volumes."
-    if disk.format not in (chain.FORMATS if asked else ("raw",)):
-        return (
-            f"Disk {disk.target} has the format '{disk.format}'; method zfs takes raw and qcow2 "
-            "images, so use method qemu."
-        )
-    if disk.encrypted:
-        return f"Disk {disk.target} is encrypted, and its snapshot would not say with which key."
-    if "<slice" in disk.source_xml:
-        return f"Disk {disk.target} is a slice of its image; method zfs takes whole images."
-    return ""
 
 
 def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
@@ -97,7 +70,7 @@ def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
         )
     identity = storage.file_id(disk.path) or FileId(0, 0)
     return {
-        **_identity(os.path.realpath(disk.path), identity),
+        **taken.identified(os.path.realpath(disk.path), identity),
         "dataset": volume,
         "name": tag.storage_name,
         "root": "",
@@ -122,7 +95,7 @@ def _has_base(path: str) -> bool:
 def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
     """What a Target has of a file."""
     image = os.path.realpath(disk.path)
-    fd = open_image(disk, image)
+    fd = taken.open_image(disk, image)
     try:
         found = os.fstat(fd)
         place = zfsplace.of_file(fd, image)
@@ -135,18 +108,11 @@ def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
             f"The image of disk {disk.target} is not on ZFS; use another method."
         )
     root = zfsplace.open_root(place.root, place.dataset)
-    try:
-        chain.check(root, place.below, disk.format, disk.chain)
-    except chain.Outside as error:
-        if named:
-            raise NotUnderDisk(str(error)) from error
-        raise
-    finally:
-        os.close(root)
+    taken.check_chain(root, place.below, disk, named=bool(named))
     name = f"snapd-vm-{tag.operation or tag.uuid}"
     shown = bool(place.snapshots) and not mount
     folder = os.path.join(place.snapshots, name)
-    if not shown and not zfsview.can_mount():
+    if not shown and not hostmount.possible():
         raise MethodNotSupported(
             f"The dataset of disk {disk.target} is mounted where nobody else would see its "
             "snapshots; mount it in the host's own mount namespace."
@@ -155,7 +121,7 @@ def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
         digest = hashlib.sha256(os.fsencode(place.dataset)).hexdigest()
         folder = f"{MOUNTS}/{name}.{digest[:8]}"
     return {
-        **_identity(image, FileId(found.st_dev, found.st_ino)),
+        **taken.identified(image, FileId(found.st_dev, found.st_ino)),
         "dataset": place.dataset,
         "name": name,
         "root": place.root,
@@ -166,28 +132,6 @@ def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
     }
 
 
-def _identity(image: str, identity: FileId) -> dict[str, Json]:
-    return {
-        "image": image,
-        "image_device": identity.device,
-        "image_inode": identity.inode,
-        "held": identity.inode,
-    }
-
-
-def open_image(disk: Disk, image: str) -> int:
-    """A descriptor of a disk's file, whose real path is `image`. Raises MethodNotSupported."""
-    try:
-        fd = os.open(image, _IMAGE)
-    except (OSError, ValueError):
-        fd = -1
-    if fd != -1 and stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    if fd != -1:
-        os.close(fd)
-    raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")
-
-
 def same(one: ZfsTarget) -> None:
     """Raise StorageFailed where the image is another one, or elsewhere, than it was."""
     if one.is_volume:
@@ -196,7 +140,7 @@ def same(one: ZfsTarget) -> None:
             return
     else:
         try:
-            fd = os.open(one.image, _IMAGE)
+            fd = os.open(one.image, taken.IMAGE_FLAGS)
         except OSError as error:
             raise StorageFailed(f"{one.image} can't be opened: {error.strerror}.") from error
         try:

@@ -9,7 +9,6 @@ all. It would destroy all newer snapshots, so where there are any it is refused,
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
 from typing import Protocol
@@ -17,14 +16,10 @@ from typing import Protocol
 from snapd_vm import storage
 from snapd_vm.errors import (
     Busy,
-    Cancelled,
     InvalidState,
     MethodNotSupported,
-    NoSpace,
-    StorageFailed,
 )
-from snapd_vm.methods import chain, clone, cloneback, off
-from snapd_vm.methods.folder import open_folder
+from snapd_vm.methods import chain, cloneback, copyback, off
 from snapd_vm.methods.image import revert_of
 from snapd_vm.methods.method import Record, Watch
 from snapd_vm.methods.zfs import zfsdataset, zfsplace, zfsview
@@ -33,7 +28,6 @@ from snapd_vm.model import Domain, Tag, Target
 
 log = logging.getLogger(__name__)
 
-_PIECE = 8 << 20
 _NAMED = 5
 
 
@@ -106,16 +100,7 @@ def go_back(hypervisor: Hypervisor, target: Target, tag: Tag, watch: Watch) -> N
         log.info("rolled back to %s", one.full)
         return
     origin = _origin(one)
-    with open_folder(hypervisor, origin.folder) as folder:
-        draft = cloneback.open_draft(folder, target, tag)
-        try:
-            held = _open_file(one)
-            try:
-                copy(held, draft, watch)
-            finally:
-                os.close(held)
-        finally:
-            os.close(draft)
+    copyback.fill(hypervisor, origin, target, tag, watch)
     cloneback.switch(hypervisor, origin, target, tag, watch)
 
 
@@ -142,67 +127,8 @@ def reverted(target: Target, other: Target) -> Target | None:
     return dataclasses.replace(other, data=data)  # what it was, given to say that it is done
 
 
-def copy(source: int, to: int, watch: Watch) -> None:
-    """Let the second file, which is empty, have the contents of the first, holes as holes; durably.
-
-    The kernel shares the blocks where ZFS can (block cloning). Raises Cancelled, NoSpace and
-    StorageFailed.
-    """
-    found = os.fstat(source)
-    total, done, end = found.st_blocks * 512, 0, 0
-    try:
-        os.ftruncate(to, found.st_size)
-        while (begin := _data(source, end)) is not None:
-            end = os.lseek(source, begin, os.SEEK_HOLE)
-            while begin < end:
-                if watch.cancelled:
-                    raise Cancelled("The revert was cancelled; the disk is as it was.")
-                part = _copy_piece(source, to, begin, min(_PIECE, end - begin))
-                begin += part
-                done += part
-                watch.progress(min(done, total), total)
-        os.fsync(to)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace("There is no room to copy the snapshot's file; make some.") from error
-        raise StorageFailed(f"The snapshot's file can't be copied: {error.strerror}.") from error
-
-
-def _data(fd: int, offset: int) -> int | None:
-    """Where the next data begin, or None."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None
-        raise
-
-
-def _copy_piece(source: int, to: int, offset: int, length: int) -> int:
-    """How much was copied, at least one byte."""
-    try:
-        part = os.copy_file_range(source, to, length, offset, offset)
-        if part:
-            return part
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    piece = os.pread(source, length, offset)
-    if not piece:
-        raise OSError(errno.EIO, "it ends too early")
-    return os.pwrite(to, piece, offset)
-
-
 def _origin(one: ZfsTarget) -> cloneback.Origin:
-    """What a revert goes back to: the contents are copied by `go_back`, as that may take long."""
-    return cloneback.Origin(
-        one.domain,
-        one.image,
-        one.format,
-        lambda _: _open_file(one),
-        fill=lambda _source, _draft: None,
-        room=_allocated(one) + clone.RESERVE,
-    )
+    return copyback.origin(one.domain, one.image, one.format, lambda: _open_file(one))
 
 
 def _open_file(one: ZfsTarget) -> int:
@@ -212,15 +138,3 @@ def _open_file(one: ZfsTarget) -> int:
         return chain.open_inside(root, one.inside)
     finally:
         os.close(root)
-
-
-def _allocated(one: ZfsTarget) -> int:
-    """The room that the image in the snapshot takes, where it can be read."""
-    try:
-        held = _open_file(one)
-    except (StorageFailed, MethodNotSupported):
-        return 0
-    try:
-        return os.fstat(held).st_blocks * 512
-    finally:
-        os.close(held)

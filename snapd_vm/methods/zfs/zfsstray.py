@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from snapd_vm import storage
 from snapd_vm.errors import SnapdError
+from snapd_vm.methods import taken
 from snapd_vm.methods.method import Stored
-from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsplace
+from snapd_vm.methods.zfs import zfsdataset, zfsplace
 from snapd_vm.methods.zfs.zfstarget import device_of
 from snapd_vm.model import Disk, Domain
 from snapd_vm.storage import FileId
@@ -64,7 +65,7 @@ def _dataset(disk: Disk) -> str:
     if disk.type != "file":
         return ""
     image = os.path.realpath(disk.path)
-    fd = zfsclaim.open_image(disk, image)
+    fd = taken.open_image(disk, image)
     try:
         place = zfsplace.of_file(fd, image)
     finally:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from snapd_vm.model import Json, Target
-from snapd_vm.storage import FileId
+from snapd_vm.methods.taken import Taken
+from snapd_vm.model import Target
 
 
 @dataclass(frozen=True, slots=True)
-class ZfsTarget:
+class ZfsTarget(Taken):
     """A Target's data.
 
-    `declared` is the image's path as the domain has it, `image` where that leads to, `identity`
-    what that is, `held` the inode that it had when it was taken. `dataset` holds it, or is the
-    volume; `name` is that of the snapshot after the `@`.
+    `dataset` holds the image, or is the volume, whose device is the image then; `name` is that of
+    the snapshot after the `@`.
 
     Of a file: `inside` is its path in the dataset; `folder` that of the snapshot's root, and
     `mounted` whether we have to mount the snapshot there. Of a volume: `clone` is the read-only
@@ -24,14 +23,6 @@ class ZfsTarget:
     `shared`: other snapshots on record, of disks taken together, are in the same one.
     """
 
-    snapshot: str
-    domain: str
-    active: bool
-    declared: str
-    image: str
-    identity: FileId
-    held: int
-    format: str
     dataset: str
     name: str
     root: str
@@ -45,14 +36,7 @@ class ZfsTarget:
     def of(cls, target: Target) -> ZfsTarget:
         data = target.data
         return cls(
-            snapshot=str(data["snapshot"]),
-            domain=str(data["domain"]),
-            active=bool(data["active"]),
-            declared=str(data["declared"]),
-            image=str(data["image"]),
-            identity=FileId(_number(data["image_device"]), _number(data["image_inode"])),
-            held=_number(data["held"]),
-            format=str(data["format"]),
+            **cls.fields_of(data),
             dataset=str(data["dataset"]),
             name=str(data["name"]),
             root=str(data["root"]),
@@ -84,7 +68,3 @@ class ZfsTarget:
 def device_of(volume: str) -> str:
     """The path that udev gives a volume's device (zvol_id, in zfsutils-linux)."""
     return f"/dev/zvol/{volume.replace(' ', '+')}"
-
-
-def _number(value: Json) -> int:
-    return value if isinstance(value, int) else 0

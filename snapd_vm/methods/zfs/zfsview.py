@@ -13,21 +13,17 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
-from snapd_vm import command, mounts, storage
+from snapd_vm import mounts, storage
 from snapd_vm.errors import Busy, NameInUse, StorageFailed, TimedOut
+from snapd_vm.methods import hostmount
 from snapd_vm.methods.zfs import zfsdataset, zfsplace
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget, device_of
 
 log = logging.getLogger(__name__)
 
-_MOUNT_S = 20.0
 _DEVICE_S = 15.0
 _BUSY_S = 5.0
-_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
-_OPTIONS = "ro,nosuid,nodev,noexec"
 
 
 def show(one: ZfsTarget) -> None:
@@ -85,10 +81,8 @@ def hide(one: ZfsTarget) -> None:
             destroy(one.clone)
         return
     if one.mounted:
-        if mounted_at(one) is not None:
-            _unmount(one.folder)
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(one.folder)
+        hostmount.unmount(one.folder, "The snapshot")
+        hostmount.remove(one.folder)
 
 
 def destroy(name: str) -> bool:
@@ -108,11 +102,6 @@ def destroy(name: str) -> bool:
         if there:
             log.info("destroyed %s", name)
         return there
-
-
-def can_mount() -> bool:
-    """Whether everybody would see what we mount."""
-    return mounts.in_host() or _SYSTEMD.is_dir()
 
 
 def _show_volume(one: ZfsTarget) -> None:
@@ -138,30 +127,9 @@ def _mount(one: ZfsTarget) -> None:
     with storage.open_folder(os.path.dirname(one.folder), {0}, {0}, "make it root's own") as place:
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.basename(one.folder), 0o700, dir_fd=place)
-    argv = ["mount", "-t", "zfs", "-o", _OPTIONS, "--", one.full, one.folder]
-    _in_host(argv, f"The snapshot can't be mounted on {one.folder}")
+    # systemd-mount(1) would make a unit of it, if it took for a source what is no path.
+    argv = ["mount", "-t", "zfs", "-o", hostmount.SAFE, "--", one.full, one.folder]
+    hostmount.run(argv, f"The snapshot can't be mounted on {one.folder}")
     if mounted_at(one) is None:
         raise StorageFailed("The snapshot was mounted where the daemon does not see it.")
     log.info("mounted %s", one.full)
-
-
-def _unmount(folder: str) -> None:
-    _in_host(["umount", "--", folder], f"The snapshot can't be unmounted from {folder}")
-
-
-def _in_host(argv: Sequence[str], what: str) -> None:
-    """Run a program in the mount namespace of the host: what is mounted in a sandbox, nobody else
-    sees. systemd-mount(1) would do, if it took for a source what is no path.
-    """
-    if not mounts.in_host():
-        argv = [
-            "systemd-run",
-            *["--quiet", "--wait", "--pipe", "--collect", "--no-ask-password", "--"],
-            *argv,
-        ]
-    try:
-        command.run(argv, timeout=_MOUNT_S)
-    except command.CommandTimedOut as error:
-        raise TimedOut(f"{what}: {error}.") from error
-    except command.CommandError as error:
-        raise StorageFailed(f"{what}: {error}.") from error

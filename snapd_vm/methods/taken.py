@@ -1,0 +1,125 @@
+"""What all methods that snapshot a layer below QEMU ask of a disk's image, and keep of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from snapd_vm.errors import MethodNotSupported, NotUnderDisk
+from snapd_vm.methods import chain
+from snapd_vm.methods.image import number
+from snapd_vm.model import Disk, Domain, Json, Tag
+from snapd_vm.storage import FileId
+
+IMAGE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""To open an image whose real path is known, whatever has come there since."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a Target's data says of a disk's image, whatever layer below it is snapshotted.
+
+    `snapshot` and `domain` are UUIDs. `declared` is the image's path as the domain has it, `image`
+    where that leads to, `identity` what that is, `held` the inode that it had when it was taken.
+    A disk that is a device has no `image`, unless its method says otherwise.
+    """
+
+    snapshot: str
+    domain: str
+    active: bool
+    declared: str
+    image: str
+    identity: FileId
+    held: int
+    format: str
+
+    @staticmethod
+    def fields_of(data: Mapping[str, Json]) -> dict[str, Any]:
+        """These fields, for the `of` of a class that has more."""
+        return {
+            "snapshot": str(data["snapshot"]),
+            "domain": str(data["domain"]),
+            "active": bool(data["active"]),
+            "declared": str(data["declared"]),
+            "image": str(data.get("image", "")),
+            "identity": FileId(number(data.get("image_device")), number(data.get("image_inode"))),
+            "held": number(data.get("held")),
+            "format": str(data["format"]),
+        }
+
+
+def described(domain: Domain, disk: Disk, tag: Tag) -> dict[str, Json]:
+    """What a Target's data says of any disk, for Taken."""
+    return {
+        "snapshot": tag.uuid,
+        "domain": domain.uuid,
+        "active": domain.active,
+        "declared": disk.path,
+        "format": disk.format,
+    }
+
+
+def identified(image: str, identity: FileId) -> dict[str, Json]:
+    """What it says of the image, for Taken."""
+    return {
+        "image": image,
+        "image_device": identity.device,
+        "image_inode": identity.inode,
+        "held": identity.inode,
+    }
+
+
+RAW = ("raw",)
+"""The formats that a layer takes by default: what a guest writes into others is several writes."""
+
+
+def check_fit(disk: Disk, method: str, takes: Mapping[str, str], formats: Sequence[str]) -> None:
+    """Raise MethodNotSupported for a disk that a layer can't take, wherever it is.
+
+    `takes` has the types of source that the method takes, with what to call them.
+    """
+    problem = ""
+    if disk.type not in takes:
+        problem = f"has a {disk.type} source; method {method} takes {' and '.join(takes.values())}."
+    elif disk.format not in formats:
+        problem = (
+            f"has the format '{disk.format}'; method {method} takes {' and '.join(formats)} "
+            "images, so use method qemu."
+        )
+    elif disk.encrypted:
+        problem = "is encrypted, and its snapshot would not say with which key."
+    elif "<slice" in disk.source_xml:
+        problem = f"is a slice of its image; method {method} takes whole images."
+    if problem:
+        raise MethodNotSupported(f"Disk {disk.target} {problem}")
+
+
+def open_image(disk: Disk, image: str) -> int:
+    """A descriptor of a disk's file, whose real path is `image`. Raises MethodNotSupported."""
+    try:
+        fd = os.open(image, IMAGE_FLAGS)
+    except (OSError, ValueError):
+        fd = -1
+    if fd != -1 and stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    if fd != -1:
+        os.close(fd)
+    raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")
+
+
+def check_chain(root: int, inside: str, disk: Disk, *, named: bool) -> None:
+    """The disk's image and all that it lies on must be below the folder `root`, which is closed.
+
+    Raises MethodNotSupported; NotUnderDisk where the caller has `named` the layer.
+    """
+    try:
+        chain.check(root, inside, disk.format, disk.chain)
+    except chain.Outside as error:
+        if named:
+            raise NotUnderDisk(str(error)) from error
+        raise
+    finally:
+        os.close(root)
