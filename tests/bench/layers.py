@@ -18,7 +18,6 @@ from pathlib import Path
 from snapd_vm.model import domain_path
 from tests.bench.series import Series
 from tests.bench.ways import NAME, TARGET, PlainCaller
-from tests.inside_vm.volumes import Group
 from tests.lab.blockdev import FileSystem
 from tests.lab.ceph import POOL
 from tests.lab.deadline import LabError
@@ -26,6 +25,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import attempt, run
+from tests.lab.volumegroup import Group
 from tests.lab.zpool import make_pool
 
 SETTLE_S = 0.25

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from snapd_vm.model import domain_path
-from tests.inside_vm.volumes import MIB, Group, fill, read
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
+from tests.lab.volumegroup import MIB, Group, fill, read
 from tests.real.api import DOMAIN, NAME, SNAPSHOT, VDA, Api, Created
 from tests.real.conftest import Connect, api, connect, daemon, lab
 from tests.real.places import Places, refused, with_image

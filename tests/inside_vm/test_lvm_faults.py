@@ -16,11 +16,11 @@ import pytest
 
 from snapd_vm.engine.journal import DeleteStep, RevertStep, Step
 from tests.inside_vm.test_lvm import group, guest_on, nothing_left
-from tests.inside_vm.volumes import Group, fill, read
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
+from tests.lab.volumegroup import Group, fill, read
 from tests.real.api import SNAPSHOT, Api, ApiError, Created
 from tests.real.conftest import Connect, connect, lab
 from tests.real.places import Places, refused

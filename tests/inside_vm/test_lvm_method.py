@@ -28,8 +28,8 @@ from snapd_vm.methods.lvm import devicemapper, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvm import Lvm
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag, Target
-from tests.inside_vm.volumes import MIB, Group, fill, read
 from tests.lab.program import run
+from tests.lab.volumegroup import MIB, Group, fill, read
 
 DATA, MORE_DATA = (Path(f"/dev/disk/by-id/virtio-data{number}") for number in (1, 2))
 KINDS = ("thick", "thin")

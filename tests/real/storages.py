@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.inside_vm.volumes import Group
 from tests.lab.blockdev import Mounted
 from tests.lab.ceph import POOL
 from tests.lab.deadline import wait_until
@@ -24,6 +23,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import CHECKOUT, run
+from tests.lab.volumegroup import Group
 from tests.lab.zpool import Pool, make_pool
 from tests.real import images
 from tests.real.api import Created

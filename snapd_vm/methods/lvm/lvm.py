@@ -56,6 +56,8 @@ snapshots, as it finds no device to clear.
 """
 _PATIENCE_S = 60.0
 """How long an lvcreate of an earlier life of the daemon is waited for."""
+_JUST_NOW_S = 1.0
+"""For so long a report that shows a snapshot in order is taken for what is: one for all of them."""
 _FRESH_S = 5.0
 """For so long a report is taken for what is there, where it is only for warnings."""
 
@@ -198,7 +200,8 @@ class Lvm:
         """Whether the snapshot is there, and of the volume that was meant; its file is mounted."""
         one = LvmTarget.of(target)
         self._wait(one)
-        found, lvs = lvmsnapshot.ours(one)
+        lvs = lvmvolumes.report(one.vg)
+        found = lvmsnapshot.ours(one, lvs)
         if found is None or found.writable or lvmsnapshot.suspended(one):
             return False
         if found.overflowed or not (found.is_thin if one.thin else found.is_snapshot):
@@ -314,7 +317,13 @@ class Lvm:
     def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
         """See Explains. A snapshot stands by itself, whatever becomes of its domain."""
         one = LvmTarget.of(target)
-        found, lvs = lvmsnapshot.ours(one)
+        standing = self._standing(one, self._recent(one.vg, _JUST_NOW_S))
+        if standing.state == "ready":
+            return standing
+        return self._standing(one, self._recent(one.vg, 0.0))  # nobody is told of what was
+
+    def _standing(self, one: LvmTarget, lvs: Sequence[Lv]) -> Standing:
+        found = lvmsnapshot.ours(one, lvs)
         if found is None:
             there = any(lv.name == one.name for lv in lvs)
             how = "not the volume that was made" if there else "not there"
@@ -349,7 +358,7 @@ class Lvm:
     def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
         """See Warns: a thick snapshot that is full is lost, and with a pool all its volumes."""
         one = LvmTarget.of(target)
-        lvs = self._recent(one.vg)
+        lvs = self._recent(one.vg, _FRESH_S)
         found = next((lv for lv in lvs if lv.name == one.name), None)
         if found is None:
             return {}
@@ -373,11 +382,11 @@ class Lvm:
             "delete snapshots."
         }
 
-    def _recent(self, vg: str) -> Sequence[Lv]:
-        """A report that may be a few seconds old, for all snapshots of a group."""
+    def _recent(self, vg: str, within_s: float) -> Sequence[Lv]:
+        """A report that may be so many seconds old, for all snapshots of a group."""
         with self._reporting:
             at, lvs = self._reports.get(vg, (0.0, ()))
-            if time.monotonic() - at > _FRESH_S:
+            if time.monotonic() - at > within_s:
                 lvs = lvmvolumes.report(vg)
                 self._reports[vg] = (time.monotonic(), lvs)
             return lvs

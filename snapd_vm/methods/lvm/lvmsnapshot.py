@@ -10,14 +10,12 @@ from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.methods.lvm.lvmvolumes import Lv
 
 
-def ours(one: LvmTarget) -> tuple[Lv | None, Sequence[Lv]]:
-    """The snapshot's volume, by its group, name and tag, and all of the group."""
-    lvs = lvmvolumes.report(one.vg)
+def ours(one: LvmTarget, lvs: Sequence[Lv]) -> Lv | None:
+    """The snapshot's volume among those of its group, by its name and tag."""
     for lv in lvs:
         if (lv.vg_uuid, lv.name) == (one.vg_uuid, one.name):
-            own = lvmtags.read(lv.tags).snapshot == one.snapshot
-            return (lv if own else None), lvs
-    return None, lvs
+            return lv if lvmtags.read(lv.tags).snapshot == one.snapshot else None
+    return None
 
 
 def remove(one: LvmTarget) -> bool:
@@ -25,7 +23,7 @@ def remove(one: LvmTarget) -> bool:
     _resume(one)
     if one.mount:
         lvmmount.unmount(one)
-    found, _ = ours(one)
+    found = ours(one, lvmvolumes.report(one.vg))
     if found is None:
         return False
     try:
