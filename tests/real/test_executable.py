@@ -56,10 +56,15 @@ def own(lab: Lab) -> Iterator[Guest]:
     running.remove()
 
 
+def installed(lab: Lab, **more: Any) -> Array:
+    """The program, with its copies where no other file of tests leaves any."""
+    return Array.install(lab, lab.folder("executable-copies"), **more)
+
+
 @pytest.fixture
 def array(lab: Lab, faulty: Lab) -> Iterator[Array]:
     """The program, and a daemon that has it."""
-    made = Array.install(lab, lab.folder("executable-copies"), reverts=True)
+    made = installed(lab, reverts=True)
     faulty.daemon.start({**made.config, "frozen_limit_s": LIMIT_S})
     yield made
     made.faults()
@@ -162,7 +167,7 @@ HOSTILE_CLAIMS = {
 async def test_what_it_answers_to_claim_is_judged(
     connect: Connect, faulty: Lab, lab: Lab, own: Guest
 ) -> None:
-    array = Array.install(lab)
+    array = installed(lab)
     array.more["source_dirs"] = [str(array.folder), str(own.disk().path.parent)]
     faulty.daemon.start(array.config)
     api = await connect()
@@ -239,7 +244,7 @@ async def test_it_has_no_rights_that_it_was_not_given(
         ({"user": "backup"}, 0),
     )
     for how, bounds in ways:
-        array = Array.install(lab, **how)
+        array = installed(lab, **how)
         user = how.get("user", "")
         faulty.daemon.start(array.config)
         api = await connect()
@@ -428,7 +433,7 @@ async def test_a_disk_goes_back_to_it(api: Api, array: Array, own: Guest) -> Non
 async def test_killed_in_a_revert_at(
     connect: Connect, faulty: Lab, own: Guest, step: RevertStep
 ) -> None:
-    array = Array.install(faulty, reverts=True)
+    array = installed(faulty, reverts=True)
     faulty.daemon.start(array.config, argv=(*FAULTY, "--at", step, "--do", "kill"))
     api = await connect()
     own.write("vda", "mark", "before")
@@ -455,7 +460,7 @@ RNG = """<element name="diskSnapshot" xmlns="http://relaxng.org/ns/structure/1.0
 async def test_its_own_schema_says_what_its_element_may_hold(
     connect: Connect, faulty: Lab, lab: Lab, own: Guest
 ) -> None:
-    array = Array.install(lab)
+    array = installed(lab)
     schema = array.program.with_name("array.rng")
     schema.write_text(RNG)
     array.more["schema"] = str(schema)

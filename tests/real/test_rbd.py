@@ -190,7 +190,7 @@ async def test_the_key_is_nowhere(
             everything += [
                 Path(f"/proc/{pid}/{name}").read_text() for name in ("cmdline", "environ")
             ]
-        for word in (ceph.host, str(ceph.port), ceph.secret, f"client.{ceph.user}"):
+        for word in (ceph.host, f":{ceph.port}", ceph.secret, f"client.{ceph.user}"):
             assert word not in "".join(everything[3:]) + daemon.daemon.log
         await delete(api, made)
     everything.append(daemon.daemon.log)
