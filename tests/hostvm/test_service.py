@@ -1,8 +1,7 @@
 """The installed service under a real systemd, system bus, polkitd and libvirtd, in the host VM.
 
 The tests go on from where the one before has left the service: a boot and a start of it cost
-seconds under TCG. No guest runs there: what a running one sees is tested outside, where it boots in
-3 s.
+seconds under TCG.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from snapd_vm.engine.journal import Step
+from tests.hostvm.inside import passes
 from tests.lab.deadline import wait_until
-from tests.lab.hostvm import LIMIT_S, HostVm
+from tests.lab.hostvm import LAB, LIMIT_S, HostVm
 from tests.lab.program import CHECKOUT, run
 
 pytestmark = [
@@ -26,6 +27,10 @@ NAME = "org.example.DiskSnapshot"
 UNIT = "snapd-vm.service"
 IMAGES = "/var/lib/libvirt/images"
 RULES = "/usr/share/doc/snapd-vm/examples/50-snapd-vm-backup-operators.rules"
+DROP_INS = f"/run/systemd/system/{UNIT}.d"
+CONFIG = "/etc/snapd-vm/snapd-vm.toml"
+# Under TCG an lvcreate, which waits for udev, takes seconds.
+SETTINGS = "frozen_limit_s = 60\n"
 WEB = f"""<domain type='qemu'>
   <name>web</name><memory unit='MiB'>64</memory>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
@@ -47,6 +52,8 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostVm]:
     staging = tmp_path_factory.mktemp("installed")
     run("make", "--silent", "install", f"DESTDIR={staging}", cwd=CHECKOUT)
     (staging / "usr/share/web.xml").write_text(WEB)
+    (staging / CONFIG[1:]).parent.mkdir(parents=True)
+    (staging / CONFIG[1:]).write_text(SETTINGS)
     with HostVm() as running:
         running.copy_in(staging, "/")
         running.check("systemctl", "daemon-reload")
@@ -65,6 +72,11 @@ def show(vm: HostVm, name: str) -> str:
     return vm.check("systemctl", "show", "--value", "-p", name, UNIT).strip()
 
 
+def names(vm: HostVm) -> set[str]:
+    """The names of all snapshots."""
+    return {snapshot["name"] for snapshot in json.loads(client(vm, "list", "--json").stdout)}
+
+
 def client(vm: HostVm, *words: str, user: str = "root") -> subprocess.CompletedProcess[str]:
     """The command, as this user."""
     return vm.run(
@@ -75,6 +87,21 @@ def client(vm: HostVm, *words: str, user: str = "root") -> subprocess.CompletedP
 def owned(vm: HostVm) -> bool:
     question = ("org.freedesktop.DBus", "/", "org.freedesktop.DBus", "NameHasOwner", "s", NAME)
     return vm.check("busctl", "call", *question).strip() == "b true"
+
+
+def drop_in(vm: HostVm, text: str) -> None:
+    """Start it again with this added to its unit, until the next boot."""
+    vm.check("mkdir", "-p", DROP_INS)
+    vm.run(["tee", f"{DROP_INS}/test.conf"], stdin=text.encode())
+    vm.check("systemctl", "daemon-reload")
+    vm.check("systemctl", "restart", UNIT)
+
+
+def storage(vm: HostVm) -> str:
+    """The images, volumes and definition that a snapshot would change."""
+    volumes = vm.check("lvs", "--noheadings", "-o", "lv_name,lv_attr,origin", "snapd")
+    definition = vm.check("virsh", "dumpxml", "--inactive", "web")
+    return vm.check("ls", IMAGES) + volumes + definition
 
 
 def test_the_unit_is_as_systemd_wants_it(vm: HostVm) -> None:
@@ -144,11 +171,7 @@ def test_killed_it_comes_back(vm: HostVm) -> None:
 
 
 def test_hung_the_watchdog_ends_it(vm: HostVm) -> None:
-    folder = f"/run/systemd/system/{UNIT}.d"
-    vm.check("mkdir", "-p", folder)
-    vm.run(["tee", f"{folder}/quick.conf"], stdin=b"[Service]\nWatchdogSec=6\n")
-    vm.check("systemctl", "daemon-reload")
-    vm.check("systemctl", "restart", UNIT)
+    drop_in(vm, "[Service]\nWatchdogSec=6\n")
     before = show(vm, "MainPID")
     vm.check("kill", "-STOP", before)
 
@@ -174,3 +197,34 @@ def test_snapshots_are_there_after_a_loss_of_power(vm: HostVm) -> None:
     vm.start()
     after = json.loads(client(vm, "list", "--json").stdout)
     assert [snapshot["name"] for snapshot in after] == ["nightly", "by-maker"]
+
+
+@pytest.mark.parametrize("step", [Step.ARMED, Step.SWITCHED])
+@pytest.mark.parametrize("target", ["vda", "vdb"])
+def test_power_is_lost_in_mid_create(vm: HostVm, target: str, step: Step) -> None:
+    """The same outcome as of a daemon that was killed: all of a snapshot, or nothing of it."""
+    before, known = storage(vm), names(vm)
+    command = f"python3 -m tests.real.faulty_daemon --at {step} --do wait:/run/cut --config"
+    drop_in(
+        vm,
+        f"[Service]\nEnvironment=PYTHONPATH={LAB}/checkout:{LAB}/packages\n"
+        f"ExecStart=\nExecStart=/usr/bin/{command} {CONFIG}\n",
+    )
+    vm.check("systemd-run", "--no-block", "snapd-vm", "create", "web", target, "--name", "cut")
+    wait_until("the step", lambda: not vm.run(["test", "-e", "/run/cut"]).returncode, LIMIT_S, 0.2)
+    vm.crash()
+    vm.start()
+    if "cut" in names(vm):
+        assert names(vm) == {*known, "cut"}
+        done = client(vm, "delete", f"web/{target}/cut")
+        assert done.returncode == 0, done.stderr
+    assert names(vm) == known
+    assert storage(vm) == before
+    made = client(vm, "create", "web", target, "--name", "cut")
+    assert made.returncode == 0, made.stderr
+    client(vm, "delete", f"web/{target}/cut")
+    assert storage(vm) == before
+
+
+def test_a_guest_that_runs_and_the_examples_of_the_readme(vm: HostVm) -> None:
+    passes(vm, "tests/inside_vm/test_installed.py", timeout=1500)

@@ -15,7 +15,10 @@ from tests.lab.program import CHECKOUT, run
 
 # What Debian's packages in the VM do not bring. Compiled for this machine's Python, they still fit:
 # psutil is built for the stable ABI.
-TESTS_NEED = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "psutil")
+TESTS_NEED = (
+    *("pytest", "pytest-asyncio", "pytest-rerunfailures", "pytest-timeout", "hypothesis"),
+    "psutil",
+)
 # Debian's dbus_next takes GLib along where it is, which takes seconds and warns.
 NO_GLIB = 'raise ImportError("the tests do without GLib, in here as outside")\n'
 SIZE = "1G"
