@@ -21,7 +21,7 @@ RUN  := $(VENV)/bin/python -m
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev libsystemd-dev man-db groff-base \
                   python3-btrfsutil
 LAB_PACKAGES   := libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
-                  qemu-utils qemu-guest-agent busybox-static cpio polkitd dbus systemd libglib2.0-bin \
+                  qemu-utils qemu-guest-agent busybox-static cpio lz4 polkitd dbus systemd libglib2.0-bin \
                   e2fsprogs xfsprogs btrfs-progs ceph-mon ceph-osd ceph-mgr ceph-common \
                   qemu-block-extra libvirt-daemon-driver-storage-rbd
 VM_PACKAGES    := mmdebstrap

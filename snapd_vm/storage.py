@@ -7,6 +7,7 @@ has been compared with those before.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -249,6 +250,49 @@ def reader_of(path: str, uuid: str) -> str:
                 continue
             return f"{(process / 'comm').read_text().strip()} (process {process.name})"
     return ""
+
+
+def claimed(path: str) -> bool:
+    """Whether the kernel uses the block device, or a part of it: a mount, or another device.
+
+    Raises StorageFailed where it can't be opened.
+    """
+    try:
+        # Of a block device, O_EXCL alone asks for what only one may have at a time; open(2).
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return True
+        raise StorageFailed(f"{path} can't be opened: {error.strerror}.") from error
+    return False
+
+
+def writer_of(path: str) -> str:
+    """Who may be writing to the block device, in words; '': nobody. Raises StorageFailed.
+
+    See `reader_of` and `claimed`; who has it open to read is none.
+    """
+    if claimed(path):
+        return reader_of(path, "") or "a mount, or another device"
+    wanted = file_id(path)
+    for process in Path("/proc").glob("[0-9]*"):
+        if wanted is None or process.name == str(os.getpid()) or not _has_open(process, wanted):
+            continue
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            if any(
+                _writes(process, fd.name)
+                for fd in (process / "fd").iterdir()
+                if file_id(str(fd)) == wanted
+            ):
+                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+    return ""
+
+
+def _writes(process: Path, fd: str) -> bool:
+    """Whether a descriptor is open for writing (proc(5), /proc/PID/fdinfo, `flags` in octal)."""
+    lines = (process / "fdinfo" / fd).read_text().splitlines()
+    flags = next(int(line[6:], 8) for line in lines if line.startswith("flags:"))
+    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def reader_in(device: int) -> str:

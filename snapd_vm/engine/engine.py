@@ -143,6 +143,7 @@ class Engine:
         if late:
             log.error("recovery has not ended within %g s and goes on", limit)
         self._tasks.spawn(self._shelf.keep_looking())
+        self._tasks.spawn(self._shelf.keep_looking_ahead())
 
     async def _first_recovery(self, inventory: Inventory) -> None:
         """Connect and recover. Never cancelled: what runs in a thread would go on, unseen."""

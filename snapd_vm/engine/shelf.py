@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 _LOOK_S = 30.0
 """Nobody tells of a file that was removed; so it is looked for this often."""
 
+_LOOK_AHEAD_S = 5.0
+"""A guest that writes 50 MiB/s fills a tenth of a thick snapshot of 2.5 GiB in this time."""
+
 SPOILT = (
     "A delete of the snapshot was broken off, and its contents are no longer what they were; "
     "delete it."
@@ -198,6 +201,16 @@ class Shelf:
             for snapshot in list(self.snapshots.values()):
                 await self._look_or_log(snapshot)
             await asyncio.sleep(_LOOK_S)
+
+    async def keep_looking_ahead(self) -> None:
+        """Warn in time, for ever: room that a guest writes to is gone within seconds."""
+        while True:
+            await asyncio.sleep(_LOOK_AHEAD_S)
+            for snapshot in list(self.snapshots.values()):
+                try:
+                    await self._look_ahead(snapshot)
+                except SnapdError as error:
+                    log.debug("snapshot %s was not looked at: %s", snapshot.uuid, error)
 
     async def _look_or_log(self, snapshot: Snapshot) -> None:
         try:

@@ -78,8 +78,11 @@ def open_inside(root: int, path: str) -> int:
 
 
 def lies_on_others(fd: int, image_format: str) -> bool:
-    """Whether the image has a backing file. Raises StorageFailed."""
-    return image_format != "raw" and bool(_header(fd).backing_file)
+    """Whether a part of the image's contents is in other files. Raises StorageFailed."""
+    if image_format == "raw":
+        return False
+    header = _header(fd)
+    return bool(header.backing_file) or header.external_data
 
 
 def _chain(root: int, inside: str, image_format: str) -> Iterator[FileId]:

@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from snapd_vm.errors import Cancelled, MethodNotSupported, NoSpace, StorageFailed
+from snapd_vm.errors import Cancelled, NoSpace, SnapdError, StorageFailed
 from snapd_vm.methods import clone, cloneback
 from snapd_vm.methods.folder import open_folder
 from snapd_vm.methods.method import Watch
@@ -24,8 +24,7 @@ def origin(
 ) -> cloneback.Origin:
     """What a disk goes back to, where `fill` does the copying between prepare and switch.
 
-    `open_file` gives a descriptor of the image in the snapshot; it raises StorageFailed and
-    MethodNotSupported.
+    `open_file` gives a descriptor of the image in the snapshot; it raises SnapdErrors.
     """
     return cloneback.Origin(
         domain,
@@ -41,7 +40,7 @@ def _allocated(open_file: Callable[[], int]) -> int:
     """The room that the image in the snapshot takes, where it can be read."""
     try:
         held = open_file()
-    except (StorageFailed, MethodNotSupported):  # it is not shown: settling needs no room
+    except SnapdError:  # it is not shown: settling needs no room
         return 0
     try:
         return os.fstat(held).st_blocks * 512

@@ -218,8 +218,9 @@ class Warns(Protocol):
     def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
         """What will soon go wrong with a snapshot or because of it: sentences by their codes.
 
-        Asked every half minute; a caller is told of a code when it appears. The sentences go to
-        everybody, so they name no path. `domains` are all that there are, by UUID.
+        Asked every few seconds, so it is to cost next to nothing; a caller is told of a code when
+        it appears. The sentences go to everybody, so they name no path. `domains` are all that
+        there are, by UUID.
         """
 
 

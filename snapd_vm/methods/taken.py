@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snapd_vm.errors import MethodNotSupported, NotUnderDisk
+from snapd_vm import storage
+from snapd_vm.errors import Busy, MethodNotSupported, NotUnderDisk
 from snapd_vm.methods import chain
 from snapd_vm.methods.image import number
 from snapd_vm.model import Disk, Domain, Json, Tag
@@ -108,6 +109,20 @@ def open_image(disk: Disk, image: str) -> int:
     if fd != -1:
         os.close(fd)
     raise MethodNotSupported(f"The image of disk {disk.target} is not there, or not a file.")
+
+
+def check_unwritten(image: str) -> None:
+    """Nobody may be writing to a file or device whose domain is off. Raises Busy and StorageFailed.
+
+    What is snapshotted then is called offline, and nothing is frozen for it.
+    """
+    found = storage.file_id(image)
+    if found is not None and found.inode == 0:  # a device
+        writer = storage.writer_of(image)
+    else:
+        writer = "another process" if storage.write_locked(image) else ""
+    if writer:
+        raise Busy(f"The image {image} is in use, or open for writing, by {writer}.")
 
 
 def check_chain(root: int, inside: str, disk: Disk, *, named: bool) -> None:

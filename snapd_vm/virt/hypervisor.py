@@ -108,7 +108,9 @@ class Hypervisor:
         """Close an overlay that QEMU has open, unused and unknown to libvirt."""
         mend.Monitor(self._pool, uuid).drop_nodes(overlay)
 
-    def user_of(self, path: str, uuid: str, target: str, known: Sequence[str] = ()) -> str:
+    def user_of(
+        self, path: str, uuid: str, target: str, known: Sequence[str] = (), *, beside: bool = True
+    ) -> str:
         """Who else has the image in its chain, in words; '' for nobody (see users.py).
 
         Every definition is read anew: libvirt sends no event for a change to one that is not live
@@ -116,7 +118,8 @@ class Hypervisor:
         """
         with self._pool.connection() as connection:
             domains = _definitions(connection)
-        return users.user_of(path, uuid, target, domains, self.pool_folders(), known)
+        folders = self.pool_folders()
+        return users.user_of(path, uuid, target, domains, folders, known, beside=beside)
 
     def user_of_snapshot(self, name: str) -> str:
         """Whose disk reads the storage's own snapshot of this name, in words; '' for nobody's.

@@ -23,14 +23,17 @@ def user_of(
     domains: Sequence[Domain],
     folders: Sequence[str],
     known: Sequence[str] = (),
+    *,
+    beside: bool = True,
 ) -> str:
     """Who has the image at `path` in its chain besides disk `target` of domain `uuid`; '' : nobody.
 
     Images of `known` that no domain uses don't count.
 
     Looks at the definitions of all `domains`, live and persistent, and at the images in the same
-    folder and in `folders`. An image in some domain's chain is read as what it is declared to be
-    there, and so not at all if that is raw: its content is the guest's, and could name any file.
+    folder, unless `beside` is False, and in `folders`. An image in some domain's chain is read as
+    what it is declared to be there, and so not at all if that is raw: its content is the guest's,
+    and could name any file.
     """
     wanted = storage.file_id(path)
     if wanted is None:
@@ -44,8 +47,8 @@ def user_of(
                 return f"disk {disk.target} of domain {domain.name}"
             declared.update(images)
     declared |= _identities(known)
-    beside = [os.path.dirname(path), os.path.dirname(os.path.realpath(path))]
-    for image in _images([*beside, *folders]):
+    same = [os.path.dirname(path), os.path.dirname(os.path.realpath(path))] if beside else []
+    for image in _images([*same, *folders]):
         found = storage.file_id(image)
         if found is None or found == wanted or found in declared:
             continue

@@ -49,7 +49,7 @@ class OneDomain:
     def managed_save(self, uuid: str) -> bool:
         return False
 
-    def user_of(self, path: str, uuid: str, target: str) -> str:
+    def user_of(self, path: str, uuid: str, target: str, *, beside: bool = True) -> str:
         return ""
 
     def qemu_user(self) -> tuple[int, int]:
@@ -304,7 +304,8 @@ def test_a_thin_revert_that_is_cut_off(group: Group, folder: Path, pieces: int) 
     if pieces >= 2:
         lvmvolumes.rename(one.vg, f"{one.name}.revert", one.lv)
     if pieces >= 3:
-        lvmvolumes.remove(one.vg, f"{one.name}.discarded")
+        name = f"{one.name}.discarded"
+        lvmvolumes.remove(next(lv for lv in lvmvolumes.report(one.vg) if lv.name == name))
     for _ in range(2):  # and again, as after one more crash
         done = taken.another().settle_revert(taken.target, taken.tag)
         assert done is (pieces >= 2)

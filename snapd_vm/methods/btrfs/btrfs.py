@@ -152,7 +152,7 @@ class Btrfs:
     def check_delete(self, target: Target, tag: Tag) -> None:
         """Refused while anybody reads in the snapshot, or an image or definition names the file."""
         one = SubvolumeTarget.of(target)
-        user = self._hypervisor.user_of(one.file, "", "")
+        user = self._hypervisor.user_of(one.file, "", "", beside=False)
         if user:
             raise Busy(f"The snapshot is used by {user}.")
         if one.shared:

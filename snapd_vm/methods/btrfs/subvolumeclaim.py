@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from snapd_vm import mounts, storage
 from snapd_vm.errors import (
-    Busy,
     MethodNotSupported,
     NameInUse,
     NoSpace,
@@ -89,8 +88,8 @@ def check(hypervisor: Hypervisor, disks: Sequence[SubvolumeTarget]) -> Needs:
                 f"The file system of {one.root} has {available[-1]} bytes left; what the guest "
                 "overwrites after the snapshot needs new room, so make some first."
             )
-        if not one.active and storage.write_locked(one.image):
-            raise Busy(f"The image {one.image} is open for writing by another process.")
+        if not one.active:
+            taken.check_unwritten(one.image)
         warnings += _warnings(hypervisor, one, available[-1])
     warnings += [
         f"The snapshot holds all else that is in the subvolume {root} too; what is removed or "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import threading
 import time
@@ -28,7 +29,7 @@ from snapd_vm.errors import (
     NameInUse,
     StorageFailed,
 )
-from snapd_vm.methods import cloneback, copyback
+from snapd_vm.methods import cloneback, copyback, taken
 from snapd_vm.methods.folder import check_links
 from snapd_vm.methods.lvm import (
     devicemapper,
@@ -62,6 +63,16 @@ _FRESH_S = 5.0
 """For so long a report is taken for what is there, where it is only for warnings."""
 
 
+@dataclasses.dataclass(slots=True)
+class _Recent:
+    """A report of a group, when it was ended (time.monotonic()), and what failed of it."""
+
+    at: float = -math.inf
+    lvs: Sequence[Lv] = ()
+    error: StorageFailed | None = None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
 class Lvm:
     """See the top of the file; `mount_dir` is where snapshots are mounted."""
 
@@ -81,7 +92,7 @@ class Lvm:
         self._low_space_percent = low_space_percent
         self._revert = lvmrevert.VolumeRevert(hypervisor)
         self._unasked: set[str] = set()  # snapshots that lvcreate was certainly not asked for
-        self._reports: dict[str, tuple[float, Sequence[Lv]]] = {}
+        self._reports: dict[str, _Recent] = {}
         self._reporting = threading.Lock()
 
     def together(self, targets: Sequence[Target]) -> bool:
@@ -127,13 +138,12 @@ class Lvm:
             one = LvmTarget.of(target)
             if one.image:
                 lvmmount.check()
-                check_links(self._hypervisor, one.declared, one.image)
             elif one.format != "raw":
                 lvmfile.check_alone(target.disk, one)
-            if not one.active and storage.write_locked(one.image or one.origin):
-                raise Busy(
-                    f"The image of disk {target.disk} is open for writing by another process."
-                )
+            image = one.image or os.path.realpath(one.origin)
+            check_links(self._hypervisor, one.declared, image)
+            if not one.active:
+                taken.check_unwritten(image)
         rooms = self._rooms(targets)
         return Needs(
             sum(room.needed for room in rooms),
@@ -202,7 +212,7 @@ class Lvm:
         self._wait(one)
         lvs = lvmvolumes.report(one.vg)
         found = lvmsnapshot.ours(one, lvs)
-        if found is None or found.writable or lvmsnapshot.suspended(one):
+        if found is None or found.writable or lvmsnapshot.suspended(one.origin):
             return False
         if found.overflowed or not (found.is_thin if one.thin else found.is_snapshot):
             return False
@@ -228,7 +238,7 @@ class Lvm:
         """Refused while anybody reads it, has it mounted elsewhere, or a definition names it."""
         one = LvmTarget.of(target)
         for path in dict.fromkeys((one.file, one.device)):
-            user = self._hypervisor.user_of(path, "", "")
+            user = self._hypervisor.user_of(path, "", "", beside=False)
             if user:
                 raise Busy(f"The snapshot is used by {user}.")
         number = devicemapper.device_number(one.device)
@@ -270,7 +280,9 @@ class Lvm:
         if not one.image:
             return self._revert.check(target)
         self.show(target)
-        return cloneback.check(self._hypervisor, lvmfile.origin_of(one), target, tag)
+        origin = lvmfile.origin_of(one)
+        lvmfile.check_revert(target.disk, one, origin)
+        return cloneback.check(self._hypervisor, origin, target, tag)
 
     def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
         """See Reverts."""
@@ -317,10 +329,13 @@ class Lvm:
     def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
         """See Explains. A snapshot stands by itself, whatever becomes of its domain."""
         one = LvmTarget.of(target)
-        standing = self._standing(one, self._recent(one.vg, _JUST_NOW_S))
-        if standing.state == "ready":
-            return standing
-        return self._standing(one, self._recent(one.vg, 0.0))  # nobody is told of what was
+        try:
+            standing = self._standing(one, self._recent(one.vg, _JUST_NOW_S))
+            if standing.state == "ready":
+                return standing
+            return self._standing(one, lvmvolumes.report(one.vg))  # nobody is told of what was
+        except lvmvolumes.GroupAbsent as error:
+            return Standing("missing", str(error))
 
     def _standing(self, one: LvmTarget, lvs: Sequence[Lv]) -> Standing:
         found = lvmsnapshot.ours(one, lvs)
@@ -383,13 +398,25 @@ class Lvm:
         }
 
     def _recent(self, vg: str, within_s: float) -> Sequence[Lv]:
-        """A report that may be so many seconds old, for all snapshots of a group."""
+        """A report that may be so many seconds old, for all snapshots of a group.
+
+        Only one thread asks at a time; raises StorageFailed, for all who have waited meanwhile.
+        """
+        asked = time.monotonic()
         with self._reporting:
-            at, lvs = self._reports.get(vg, (0.0, ()))
-            if time.monotonic() - at > within_s:
-                lvs = lvmvolumes.report(vg)
-                self._reports[vg] = (time.monotonic(), lvs)
-            return lvs
+            recent = self._reports.setdefault(vg, _Recent())
+        with recent.lock:
+            if recent.error is not None and recent.at >= asked:
+                raise recent.error
+            if recent.error is not None or recent.at < asked - within_s:
+                try:
+                    recent.lvs, recent.error = lvmvolumes.report(vg), None
+                except StorageFailed as error:
+                    recent.error = error
+                    raise
+                finally:
+                    recent.at = time.monotonic()
+            return recent.lvs
 
     def _wait(self, one: LvmTarget) -> None:
         """Until no lvcreate is at work on the snapshot. Raises StorageFailed."""

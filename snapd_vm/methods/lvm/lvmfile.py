@@ -6,10 +6,10 @@ import ctypes
 import logging
 import os
 
-from snapd_vm.errors import MethodNotSupported, StorageFailed
+from snapd_vm.errors import MethodNotSupported, NoSpace, StorageFailed
 from snapd_vm.methods import chain, clone, cloneback, copyback
 from snapd_vm.methods.folder import open_folder
-from snapd_vm.methods.lvm import lvmmount
+from snapd_vm.methods.lvm import lvmmount, lvmsizes, lvmvolumes
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def check_alone(disk: str, one: LvmTarget) -> None:
         os.close(fd)
     if not alone:
         raise MethodNotSupported(
-            f"The image of disk {disk} has a backing file, which a snapshot of its logical volume "
-            "does not hold; use method qemu."
+            f"The image of disk {disk} has a part of itself in another file, which a snapshot of "
+            "its logical volume does not hold; use method qemu."
         )
 
 
@@ -86,6 +86,35 @@ def _open_file(one: LvmTarget) -> int:
         return chain.open_inside(root, one.inside)
     finally:
         os.close(root)
+
+
+def check_revert(disk: str, one: LvmTarget, origin: cloneback.Origin) -> None:
+    """Refuse what would harm: a base that may have changed, or snapshots without the room for a new
+    copy of the image in the same volume. Raises MethodNotSupported, NoSpace and StorageFailed.
+    """
+    held = _open_file(one)
+    try:
+        if chain.lies_on_others(held, one.format):
+            raise MethodNotSupported(
+                "The snapshot's image has a backing file, which may have changed since; copy the "
+                "backup source over the disk instead."
+            )
+    finally:
+        os.close(held)
+    lvs = lvmvolumes.report(one.vg)
+    volume = next((lv for lv in lvs if lv.name == one.lv), None)
+    if volume is None:
+        raise StorageFailed(f"The logical volume {one.origin} is not there.")
+    thick = [lv for lv in lvs if lv.is_snapshot and lv.origin == one.lv]
+    lvmsizes.check_overwriting(volume, thick, origin.room)
+    pool = next((lv for lv in lvs if lv.name == volume.pool), None)
+    if pool is not None:
+        free = lvmsizes.thin(disk, volume, pool).available
+        if free < origin.room + lvmsizes.POOL_RESERVE:
+            raise NoSpace(
+                f"The thin pool of disk {disk} has {free} bytes left, and a copy of the image "
+                f"takes {origin.room}; extend the pool or delete snapshots."
+            )
 
 
 def origin_of(one: LvmTarget) -> cloneback.Origin:

@@ -19,19 +19,18 @@ from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from typing import Protocol
 
-from snapd_vm import storage
+from snapd_vm import command, storage
 from snapd_vm.errors import (
     Busy,
     InvalidState,
     MethodNotSupported,
     NameInUse,
-    NoSpace,
     NoSuchDomain,
     StorageFailed,
 )
 from snapd_vm.methods import off
 from snapd_vm.methods.image import revert_of
-from snapd_vm.methods.lvm import devicemapper, lvmsizes, lvmtags, lvmvolumes
+from snapd_vm.methods.lvm import devicemapper, lvmsizes, lvmsnapshot, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.methods.lvm.lvmvolumes import Lv
 from snapd_vm.methods.method import Record, Watch
@@ -42,7 +41,9 @@ log = logging.getLogger(__name__)
 _BLOCK = 4 << 20
 _PAGE = 4096  # the least chunk of a thick snapshot: what is equal must not be written
 _LOOK = 256 << 20  # bytes between two looks whether the domain is off still
-_MARGIN = 16 << 20
+_PATIENCE_S = 60.0
+"""How long an lvcreate of an earlier life of the daemon is waited for."""
+_MOST_LINKS = 40  # as in the kernel, path_resolution(7)
 
 
 class Hypervisor(off.Hypervisor, Protocol):
@@ -89,6 +90,7 @@ class VolumeRevert:
                 raise NameInUse(f"There is a volume {one.vg}/{name} already; rename it.")
         beside = [lv for lv in lvs if lv.is_snapshot and lv.origin == one.lv]
         if one.thin:
+            self._check_name(target, one)
             _check_thin(target.disk, lvs, origin, beside)
         else:
             _check_thick(one, origin, beside)
@@ -106,7 +108,7 @@ class VolumeRevert:
             origin = _named(lvmvolumes.report(one.vg), one.lv)
             kept = [tag for tag in origin.tags if not lvmtags.is_ours(tag)] if origin else []
             tags = [lvmtags.reverting(one.snapshot), *kept]
-            lvmvolumes.writable_thin(one.vg, one.name, _draft(one), tags)
+            lvmvolumes.writable_thin(one.vg, one.name, _draft(one), tags, _draft(one))
         return target
 
     def revert(self, target: Target, watch: Watch) -> None:
@@ -142,13 +144,16 @@ class VolumeRevert:
         return come is _Come.DONE
 
     def _settle_thin(self, one: LvmTarget, discarded: str) -> bool:
+        if not command.wait_for_marked(_draft(one), "lvcreate", _PATIENCE_S):
+            raise StorageFailed(f"An lvcreate for {one.vg}/{_draft(one)} does not end.")
+        lvmsnapshot.resume(one)
         lvs = lvmvolumes.report(one.vg)
         present, tag = _named(lvs, one.lv), lvmtags.reverting(one.snapshot)
         old = next((lv for lv in lvs if lv.uuid == discarded), None)
         copy = next((lv for lv in lvs if tag in lv.tags), None)
         if old is not None and old.name == one.lv:
             if copy is not None and copy.name == _draft(one):
-                lvmvolumes.remove(one.vg, copy.name)
+                lvmvolumes.remove(copy)
             return False
         if old is None and present is None:
             raise StorageFailed(f"The logical volume {one.origin} is not there any more.")
@@ -160,22 +165,23 @@ class VolumeRevert:
                 )
             lvmvolumes.rename(one.vg, old.name, one.lv)
             if copy is not None:
-                lvmvolumes.remove(one.vg, copy.name)
+                lvmvolumes.remove(copy)
             return False
-        if old is not None:
+        if old is not None and copy is not None:
             domain = self._domain(one)
             if old.opened and domain is not None and domain.active:  # it was started meanwhile
                 log.warning("domain %s runs on what was to be discarded, and keeps it", one.domain)
                 lvmvolumes.rename(one.vg, one.lv, _draft(one))
                 lvmvolumes.rename(one.vg, old.name, one.lv)
-                lvmvolumes.remove(one.vg, _draft(one))
+                lvmvolumes.remove(dataclasses.replace(copy, name=_draft(one)))
                 return False
             if any(lv.is_snapshot and lv.origin == old.name for lv in lvs):
                 raise Busy(
                     f"The volume {one.vg}/{old.name}, which the revert discards, has a snapshot; "
                     "remove that."
                 )
-            lvmvolumes.remove(one.vg, old.name)
+            if old.name == _kept(one):  # else somebody wants to keep it
+                lvmvolumes.remove(old)
         if copy is not None and copy.name == one.lv:
             lvmvolumes.untag(one.vg, one.lv, tag)
         return True
@@ -195,6 +201,16 @@ class VolumeRevert:
             "snapshots that another method has made of it since, and revert then."
         )
 
+    def _check_name(self, target: Target, one: LvmTarget) -> None:
+        """The definition must lead to the volume by its name, as another volume gets that."""
+        disk = self._hypervisor.read(one.domain).disk(target.disk)
+        names = {one.origin, f"/dev/mapper/{devicemapper.joined(one.vg, one.lv)}"}
+        if disk is not None and names.isdisjoint(links(disk.path)):
+            raise MethodNotSupported(
+                f"Disk {target.disk} is {disk.path}, which names not the logical volume but its "
+                f"device, and that changes; let the domain have {one.origin}."
+            )
+
     def _domain(self, one: LvmTarget) -> Domain | None:
         try:
             return self._hypervisor.read(one.domain)
@@ -206,7 +222,6 @@ class VolumeRevert:
         try:
             # Nobody may mount it, or use it below something else, meanwhile; open(2), O_EXCL.
             origin = _open(one.origin, os.O_RDWR | os.O_EXCL)
-            self._come[one.snapshot] = _Come.BEGUN
             size, looked, written = os.lseek(origin, 0, os.SEEK_END), 0, 0
             for at in range(0, size, _BLOCK):
                 if at - looked >= _LOOK:
@@ -220,6 +235,7 @@ class VolumeRevert:
                             "shut it off, and the revert goes on."
                         )
                 for place, data in differing(source, origin, at):
+                    self._come[one.snapshot] = _Come.BEGUN
                     written += os.pwrite(origin, data, place)
             os.fsync(origin)
         except OSError as error:
@@ -232,6 +248,16 @@ class VolumeRevert:
                     os.close(fd)
         self._come[one.snapshot] = _Come.DONE
         log.info("wrote %d bytes of %s to %s", written, one.name, one.origin)
+
+
+def links(path: str) -> Iterator[str]:
+    """A path, and those by which its last part leads on to what it names."""
+    for _ in range(_MOST_LINKS):
+        yield path
+        try:
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        except OSError:  # EINVAL: no symlink
+            return
 
 
 def differing(source: int, origin: int, at: int) -> Iterator[tuple[int, bytes]]:
@@ -269,17 +295,10 @@ def _check_thin(disk: str, lvs: Sequence[Lv], origin: Lv, beside: Sequence[Lv]) 
 def _check_thick(one: LvmTarget, origin: Lv, beside: Sequence[Lv]) -> None:
     """Snapshots that are newer get what the revert overwrites; they must have room for it."""
     own = next((lv for lv in beside if lv.name == one.name), None)
-    if own is None:
+    if own is None or own.overflowed:
         raise StorageFailed("The snapshot is gone; there is nothing to go back to.")
-    most = int(own.size * (own.data_percent or 0.0) / 100) + _MARGIN
-    for other in beside:
-        room = int(other.size * (100 - (other.data_percent or 0.0)) / 100)
-        safe = other.overflowed or other.size >= lvmsizes.whole(origin)
-        if other.name != one.name and not safe and room < most:
-            raise NoSpace(
-                f"The snapshot {other.vg}/{other.name} of the same volume has room for {room} "
-                f"bytes more, and may get up to {most} by the revert; extend or delete it."
-            )
+    most = int(own.size * (own.data_percent or 0.0) / 100)
+    lvmsizes.check_overwriting(origin, [lv for lv in beside if lv.name != one.name], most)
 
 
 def _open(path: str, flags: int) -> int:

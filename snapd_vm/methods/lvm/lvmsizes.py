@@ -15,6 +15,7 @@ _METADATA_RESERVE = 4 << 20  # as lvcreate itself, which wants a quarter of a sm
 _CHUNK = 4096  # of a thick snapshot, by default
 _EXCEPTIONS = _CHUNK // 16  # that a chunk of its metadata holds
 _MIB = 1 << 20
+_MARGIN = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,20 @@ def thick(disk: str, origin: Lv, size: int) -> Room:
             "more with <size>.",
         ),
     )
+
+
+def check_overwriting(origin: Lv, snapshots: Sequence[Lv], most: int) -> None:
+    """Raise NoSpace where thick snapshots of a volume could not hold what is to be overwritten on
+    it, `most` bytes; they would be lost.
+    """
+    for one in snapshots:
+        room = int(one.size * (100 - (one.data_percent or 0.0)) / 100)
+        safe = one.overflowed or one.size >= whole(origin)
+        if not safe and room < most + _MARGIN:
+            raise NoSpace(
+                f"The snapshot {one.vg}/{one.name} of the same volume has room for {room} bytes "
+                f"more, and may get up to {most + _MARGIN} by the revert; extend or delete it."
+            )
 
 
 def check_group(vg: str, rooms: Sequence[Room]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from snapd_vm.errors import StorageFailed
 from snapd_vm.methods.lvm import devicemapper, lvmmount, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.methods.lvm.lvmvolumes import Lv
@@ -20,28 +19,24 @@ def ours(one: LvmTarget, lvs: Sequence[Lv]) -> Lv | None:
 
 def remove(one: LvmTarget) -> bool:
     """Remove the snapshot, however far it was made; whether it was there."""
-    _resume(one)
+    resume(one)
     if one.mount:
         lvmmount.unmount(one)
     found = ours(one, lvmvolumes.report(one.vg))
     if found is None:
         return False
-    try:
-        lvmvolumes.remove(one.vg, one.name)
-    except StorageFailed as error:
-        if not found.pool or "File exists" not in str(error):
-            raise
-        lvmvolumes.forget(one.vg, found.pool, one.name)
-        lvmvolumes.remove(one.vg, one.name)
+    lvmvolumes.remove(found)
     return True
 
 
-def suspended(one: LvmTarget) -> bool:
-    number = devicemapper.device_number(one.origin)
+def suspended(path: str) -> bool:
+    """Whether a volume's device stands still."""
+    number = devicemapper.device_number(path)
     return number is not None and devicemapper.is_suspended(number)
 
 
-def _resume(one: LvmTarget) -> None:
-    """Let the volume go on where an lvm that was killed has left it standing still."""
-    if suspended(one):
-        lvmvolumes.refresh(one.vg, one.lv)
+def resume(one: LvmTarget) -> None:
+    """Let volume and snapshot go on where an lvm that was killed has left them standing still."""
+    for path, name in ((one.origin, one.lv), (one.device, one.name)):
+        if suspended(path):
+            lvmvolumes.refresh(one.vg, name)

@@ -86,17 +86,20 @@ class Lv:
         return self.attr[0] == "V"
 
 
-def report(vg: str = "") -> Sequence[Lv]:
-    """All volumes of a group, none if it is not there; of all groups for ''.
+class GroupAbsent(StorageFailed):
+    """A volume group is not there; it may be back, as where its disks come over the network."""
 
-    Raises StorageFailed.
-    """
+    dbus_name = StorageFailed.dbus_name
+
+
+def report(vg: str = "") -> Sequence[Lv]:
+    """All volumes of a group; of all groups for ''. Raises GroupAbsent and StorageFailed."""
     argv = ["lvs", "--config", _CONFIG, "--reportformat", "json", "--units", "b", "--nosuffix"]
     argv += ["-o", _COLUMNS, *(["--", vg] if vg else [])]
     result = _attempt(argv, _LIMIT_S)
     if result.status != 0:
-        if vg and "not found" in result.stderr:
-            return []
+        if vg and f'Volume group "{vg}" not found' in result.stderr:
+            raise GroupAbsent(f"The volume group {vg} is not there.")
         raise StorageFailed(f"lvs failed: {reason(result.stderr)}")
     return parse(result.stdout)
 
@@ -167,7 +170,7 @@ def snapshot(
     log.info("created logical volume %s/%s, a snapshot of %s", vg, name, origin)
 
 
-def writable_thin(vg: str, origin: str, name: str, tags: Sequence[str]) -> None:
+def writable_thin(vg: str, origin: str, name: str, tags: Sequence[str], mark: str) -> None:
     """A thin snapshot that can be written to, and is a volume like any other.
 
     Raises NameInUse, NoSpace and StorageFailed.
@@ -175,17 +178,24 @@ def writable_thin(vg: str, origin: str, name: str, tags: Sequence[str]) -> None:
     argv = [*_words("lvcreate"), "-s", "-prw", "-kn", "-ay", "-n", name]
     for tag in tags:
         argv += ["--addtag", tag]
-    _run([*argv, "--", f"{vg}/{origin}"], _LIMIT_S)
+    _run([*argv, "--", f"{vg}/{origin}"], _LIMIT_S, mark)
     log.info("created logical volume %s/%s, a copy of %s", vg, name, origin)
 
 
-def remove(vg: str, name: str) -> None:
-    """Raises Busy where it is in use, and StorageFailed."""
-    _run([*_words("lvremove"), "--", f"{vg}/{name}"], _LIMIT_S)
-    log.info("removed logical volume %s/%s", vg, name)
+def remove(lv: Lv) -> None:
+    """Remove a volume, a thin one too that is half made. Raises Busy and StorageFailed."""
+    argv = [*_words("lvremove"), "--", f"{lv.vg}/{lv.name}"]
+    try:
+        _run(argv, _LIMIT_S)
+    except StorageFailed as error:
+        if not lv.pool or "File exists" not in str(error):
+            raise
+        _forget(lv.vg, lv.pool, lv.name)
+        _run(argv, _LIMIT_S)
+    log.info("removed logical volume %s/%s", lv.vg, lv.name)
 
 
-def forget(vg: str, pool: str, name: str) -> None:
+def _forget(vg: str, pool: str, name: str) -> None:
     """Have the kernel's pool drop what it has made for a thin volume, of which lvm does not know
     that it is made: it asks for it again before all else, and fails, as that exists.
 

@@ -34,6 +34,8 @@ from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
 log = logging.getLogger(__name__)
 
+_ROOM_S = 30.0
+
 
 class Zfs:
     """See the top of the file."""
@@ -48,6 +50,7 @@ class Zfs:
         # Thawed in time, whatever it does: half a second is left where a second can't be.
         self._limit = max(frozen_limit_s - 1, frozen_limit_s / 2)
         self._low_space_percent = low_space_percent
+        self._rooms: dict[str, tuple[float, zfsdataset.Room]] = {}
         self._not_shown: set[str] = set()  # datasets of which the kernel can't show a snapshot
 
     def together(self, targets: Sequence[Target]) -> bool:
@@ -151,7 +154,7 @@ class Zfs:
     def check_delete(self, target: Target, tag: Tag) -> None:
         """Refused while anybody reads it, clones it or holds it, or a definition names it."""
         one = ZfsTarget.of(target)
-        user = self._hypervisor.user_of(one.path, "", "")
+        user = self._hypervisor.user_of(one.path, "", "", beside=False)
         if user:
             raise Busy(f"The snapshot is used by {user}.")
         user = zfsview.user(one)
@@ -246,13 +249,21 @@ class Zfs:
             return {}
         if not one.is_volume:
             return low_space(target.disk, one.root, self._low_space_percent)
-        room = zfsdataset.rooms([one.dataset])[one.dataset]
+        room = self._room(one.dataset)
         if room.available * 100 >= (room.available + room.referenced) * self._low_space_percent:
             return {}
         return {
             "low-space": f"Disk {target.disk} is written to a pool with {room.available} bytes "
             "left for it, and the guest stops when there are none; make room, or delete snapshots."
         }
+
+    def _room(self, dataset: str) -> zfsdataset.Room:
+        """As it was within the last half minute: each volume has to be asked for by a program."""
+        known = self._rooms.get(dataset)
+        if known is None or time.monotonic() - known[0] > _ROOM_S:
+            known = time.monotonic(), zfsdataset.rooms([dataset])[dataset]
+            self._rooms[dataset] = known
+        return known[1]
 
 
 def _end(tag: Tag) -> None:

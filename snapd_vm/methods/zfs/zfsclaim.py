@@ -8,9 +8,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from snapd_vm import qcow2, storage
+from snapd_vm import storage
 from snapd_vm.errors import (
-    Busy,
     MethodNotSupported,
     NoSpace,
     NotUnderDisk,
@@ -63,10 +62,10 @@ def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
     volume = zfsplace.volume_at(disk.path)
     if "@" in volume:
         raise MethodNotSupported(f"Disk {disk.target} is a snapshot already, and never changes.")
-    if disk.chain or (disk.format == "qcow2" and _has_base(disk.path)):
+    if disk.chain or _lies_on_others(disk):
         raise MethodNotSupported(
-            f"The image of disk {disk.target} has a backing file, which a snapshot of the volume "
-            "does not hold; use method qemu."
+            f"The image of disk {disk.target} has a part of itself in another file, which a "
+            "snapshot of the volume does not hold; use method qemu."
         )
     identity = storage.file_id(disk.path) or FileId(0, 0)
     return {
@@ -81,15 +80,15 @@ def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
     }
 
 
-def _has_base(path: str) -> bool:
+def _lies_on_others(disk: Disk) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            return bool(qcow2.read_header(fd).backing_file)
-        finally:
-            os.close(fd)
-    except (OSError, qcow2.NotQcow2) as error:
-        raise StorageFailed(f"The image {path} can't be read as qcow2: {error}.") from error
+        fd = os.open(disk.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageFailed(f"{disk.path} can't be opened: {error.strerror}.") from error
+    try:
+        return chain.lies_on_others(fd, disk.format)
+    finally:
+        os.close(fd)
 
 
 def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
@@ -175,10 +174,9 @@ def check(hypervisor: Hypervisor, disks: Sequence[ZfsTarget]) -> Needs:
                 "some room first."
             )
     for one in disks:
-        if not one.is_volume:
-            check_links(hypervisor, one.declared, one.image)
-            if not one.active and storage.write_locked(one.image):
-                raise Busy(f"The image {one.image} is open for writing by another process.")
+        check_links(hypervisor, one.declared, one.image)
+        if not one.active:
+            taken.check_unwritten(one.image)
     return Needs(
         sum(needed.values()),
         min(rooms[name].free for name in datasets),

@@ -65,9 +65,7 @@ def _check_volume(hypervisor: Hypervisor, target: Target, one: ZfsTarget) -> Tar
     user = hypervisor.user_of(one.declared, one.domain, target.disk)
     if user:
         raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is also used by {user}.")
-    reader = storage.reader_of(one.declared, "")
-    if reader:
-        raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is in use by {reader}.")
+    _check_unused(target, one)
     written = zfsdataset.written_since(one.full)
     return dataclasses.replace(target, data={**target.data, "revert": {"written": written}})
 
@@ -79,6 +77,18 @@ def _same_volume(hypervisor: Hypervisor, domain: Domain, target: Target, one: Zf
     path = disk.path if disk is not None else ""
     if not zfsplace.is_volume(path) or zfsplace.volume_at(path) != one.dataset:
         raise InvalidState(f"Disk {target.disk} is not the volume {one.dataset} any more.")
+
+
+def _check_unused(target: Target, one: ZfsTarget) -> None:
+    """Nobody may have the volume open, or a part of it mounted: ZFS would roll back all the same.
+
+    Raises Busy and StorageFailed.
+    """
+    reader = storage.reader_of(one.declared, "")
+    if not reader and storage.claimed(one.declared):
+        reader = "a mount, or another device"
+    if reader:
+        raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is in use by {reader}.")
 
 
 def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) -> Target:
@@ -96,6 +106,7 @@ def go_back(hypervisor: Hypervisor, target: Target, tag: Tag, watch: Watch) -> N
     if one.is_volume:
         watch.past_return()
         _same_volume(hypervisor, hypervisor.read(one.domain), target, one)
+        _check_unused(target, one)
         zfsdataset.roll_back(one.full)
         log.info("rolled back to %s", one.full)
         return

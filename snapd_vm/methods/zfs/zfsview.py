@@ -67,8 +67,11 @@ def user(one: ZfsTarget) -> str:
         return storage.reader_of(one.path, "")
     if one.shared:
         return storage.reader_of(one.path, "") if mounted_at(one) is not None else ""
+    shown = f"/.zfs/snapshot/{one.name}"  # the kernel's own, which goes by itself
     for mount in mounts.table():
-        if (mount.type, mount.source) == ("zfs", one.full) and mount.point != one.folder:
+        if (mount.type, mount.source) != ("zfs", one.full) or mount.point == one.folder:
+            continue
+        if not mount.point.endswith(shown):
             return f"a mount on {mount.point}"
     root = mounted_at(one)
     return storage.reader_in(root) if root is not None else ""
