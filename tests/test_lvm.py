@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapd_vm import command
+from snapd_vm.command import Result
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods.lvm import devicemapper, lvmrevert, lvmsizes, lvmtags, lvmvolumes
-from snapd_vm.methods.lvm.lvmvolumes import Lv
+from snapd_vm.methods.lvm.lvmvolumes import GroupAbsent, Lv
 from snapd_vm.model import Tag
 
 MIB = 1 << 20
@@ -242,3 +244,46 @@ def test_only_pages_that_differ_are_written(tmp_path: Path) -> None:
     for at, data in found:
         now[at : at + len(data)] = data
     assert now == was
+
+
+# -- what a revert must not harm -------------------------------------------------------------------
+
+
+def test_snapshots_must_have_room_for_what_is_overwritten() -> None:
+    origin = lv(lv_name="lv", lv_attr="owi-a-s---", lv_size=str(1024 * MIB), origin="")
+    other = lv(lv_size=str(100 * MIB), data_percent="50.00")
+    lvmsizes.check_overwriting(origin, [other], 30 * MIB)
+    with pytest.raises(NoSpace, match="snapd-vm-1"):
+        lvmsizes.check_overwriting(origin, [other], 40 * MIB)
+    whole = lv(lv_size=str(lvmsizes.whole(origin)), data_percent="90.00")
+    lost = lv(lv_attr="swi-I-s---", data_percent="100.00")
+    lvmsizes.check_overwriting(origin, [whole, lost], 500 * MIB)
+
+
+def test_the_ways_a_path_leads(tmp_path: Path) -> None:
+    (tmp_path / "dm-1").touch()
+    (tmp_path / "vg").mkdir()
+    (tmp_path / "vg/lv").symlink_to("../dm-1")
+    (tmp_path / "mine").symlink_to("vg/lv")
+    (tmp_path / "loop").symlink_to("loop")
+    paths = [str(tmp_path / name) for name in ("mine", "vg/lv", "dm-1")]
+    assert list(lvmrevert.links(paths[0])) == paths
+    assert list(lvmrevert.links(paths[2])) == paths[2:]
+    assert len(list(lvmrevert.links(str(tmp_path / "loop")))) == 40
+
+
+@pytest.mark.parametrize(
+    ("stderr", "kind"),
+    [
+        ('  Volume group "vg" not found\n  Cannot process volume group vg\n', GroupAbsent),
+        ("  WARNING: PVID x not found on /dev/sdz\n  vg: metadata lost\n", StorageFailed),
+        ('  Volume group "other" not found\n', StorageFailed),
+    ],
+)
+def test_a_group_that_is_away_is_told_from_what_else_fails(
+    monkeypatch: pytest.MonkeyPatch, stderr: str, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(command, "run", lambda *_, **__: Result(5, "", stderr))
+    with pytest.raises(StorageFailed) as error:
+        lvmvolumes.report("vg")
+    assert type(error.value) is kind
