@@ -26,7 +26,9 @@ from snapd_vm.engine.journal import AnyStep, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.btrfs.btrfs import Btrfs
+from snapd_vm.methods.lvm import lvmsnapshot
 from snapd_vm.methods.lvm.lvm import Lvm
+from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.methods.method import Method
 from snapd_vm.methods.qemu.qemu import Qemu
 from snapd_vm.methods.rbd.rbd import Rbd
@@ -187,6 +189,8 @@ async def serve(
 def thaw_held(config_path: str | None) -> int:
     """Thaw every guest that the journal says may be frozen; the exit status, 1 if one still is.
 
+    Volumes on which an lvcreate was killed, as systemd kills what the daemon leaves, go on first.
+
     For ExecStopPost: it runs when the daemon is dead, and tries for a bounded time.
     """
     journald.set_up()
@@ -198,6 +202,12 @@ def thaw_held(config_path: str | None) -> int:
     except (config.ConfigError, SnapdError) as error:
         log.critical("%s", error)
         return 1
+    for target in (target for one in journal.operations() for target in one.targets):
+        if target.method == Lvm.name:  # a guest on a volume that stands still can't be thawed
+            try:
+                lvmsnapshot.resume(LvmTarget.of(target))
+            except SnapdError as error:
+                log.critical("disk %s may stand still: %s", target.disk, error)
     start_event_loop()  # for the keep-alive of connections
     hypervisor = Hypervisor(ConnectionPool(settings.uri))
     deadline = time.monotonic() + _THAW_LIMIT_S

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from tests.inside_vm.test_lvm import group, guest_on, nothing_left
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import run
+from tests.lab.program import attempt, run
 from tests.lab.volumegroup import Group, fill, read
 from tests.real.api import SNAPSHOT, Api, ApiError, Created
 from tests.real.conftest import Connect, connect, lab
@@ -210,6 +211,25 @@ async def test_an_lvcreate_that_is_killed_leaves_nothing(
         fill(device, 1)  # it takes writes
         was = read(device)
     await delete(api, await api.create(guest))
+
+
+async def test_the_thaw_after_the_daemons_end_lets_the_volume_go_on(
+    connect: Connect, faulty: Lab, places: Places, group: Group, standing: None
+) -> None:
+    device = group.device("thin")
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.ARMED, "--do", "kill"))
+    api = await connect()
+    guest = await guest_on(api, places, device)
+    await refused(api.create(guest), GONE)
+    run("dmsetup", "suspend", device)  # as an lvcreate leaves it that is killed in the middle
+    assert group.suspended()
+    argv = [sys.executable, "-m", "snapd_vm", "daemon", "--thaw-held"]
+    argv += ["--config", str(faulty.daemon.config_file)]
+    done = attempt(argv, env=faulty.bus.env, timeout=120)
+    assert (done.returncode, group.suspended()) == (0, []), done.stderr
+    faulty.daemon.start({}, argv=DAEMON)
+    await places.known(api)
+    assert not await api.snapshots_of(guest)
 
 
 async def test_an_lvcreate_that_outlives_the_daemon_is_waited_for(
