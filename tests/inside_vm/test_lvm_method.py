@@ -435,10 +435,20 @@ def kill_when_suspended(device: Path, work: threading.Thread) -> None:
     """Kill lvcreate as soon as the device stands still; one that is new does so for a moment."""
     number = device.stat().st_rdev
     deadline = time.monotonic() + 60
-    while work.is_alive() and not devicemapper.is_suspended(number):
+    pid = 0
+    while work.is_alive() and not (pid and devicemapper.is_suspended(number)):
         assert time.monotonic() < deadline
+        pid = pid or pid_of("lvcreate")
         time.sleep(0.001)
+    if pid:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pid_of(name: str) -> int:
+    """The process of this name, 0 where there is none; to look through all takes a while here."""
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (entry / "comm").read_text().strip() == "lvcreate":
-                os.kill(int(entry.name), signal.SIGKILL)
+            if (entry / "comm").read_text().strip() == name:
+                return int(entry.name)
+    return 0

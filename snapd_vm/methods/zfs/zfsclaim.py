@@ -64,7 +64,7 @@ def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
         raise MethodNotSupported(f"Disk {disk.target} is a snapshot already, and never changes.")
     if disk.chain or _lies_on_others(disk):
         raise MethodNotSupported(
-            f"The image of disk {disk.target} has a part of itself in another file, which a "
+            f"The image of disk {disk.target} has a backing file, or its data in another, which a "
             "snapshot of the volume does not hold; use method qemu."
         )
     identity = storage.file_id(disk.path) or FileId(0, 0)
