@@ -29,8 +29,8 @@ def check_alone(disk: str, one: LvmTarget) -> None:
         os.close(fd)
     if not alone:
         raise MethodNotSupported(
-            f"The image of disk {disk} has a backing file, or its data in another, which a snapshot "
-            "of its logical volume does not hold; use method qemu."
+            f"The image of disk {disk} has a backing file, or its data in another, which a "
+            "snapshot of the logical volume does not hold; use method qemu."
         )
 
 
