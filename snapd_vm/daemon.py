@@ -202,12 +202,13 @@ def thaw_held(config_path: str | None) -> int:
     except (config.ConfigError, SnapdError) as error:
         log.critical("%s", error)
         return 1
-    for target in (target for one in journal.operations() for target in one.targets):
-        if target.method == Lvm.name:  # a guest on a volume that stands still can't be thawed
-            try:
-                lvmsnapshot.resume(LvmTarget.of(target))
-            except SnapdError as error:
-                log.critical("disk %s may stand still: %s", target.disk, error)
+    for operation in journal.operations():
+        for target in operation.targets:
+            if target.method == Lvm.name:  # a guest on a volume that stands still can't be thawed
+                try:
+                    lvmsnapshot.resume(LvmTarget.of(target))
+                except SnapdError as error:
+                    log.critical("disk %s may stand still: %s", target.disk, error)
     start_event_loop()  # for the keep-alive of connections
     hypervisor = Hypervisor(ConnectionPool(settings.uri))
     deadline = time.monotonic() + _THAW_LIMIT_S

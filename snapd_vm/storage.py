@@ -241,14 +241,14 @@ def reader_of(path: str, uuid: str) -> str:
         major, minor = os.major(wanted.device), os.minor(wanted.device)
         for holder in Path(f"/sys/dev/block/{major}:{minor}/holders").glob("*"):
             return f"the block device {holder.name}"
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()) or not _has_open(process, wanted):
+    for process in _others():
+        if not any(_descriptors(process, wanted)):
             continue
         with contextlib.suppress(OSError):
             argv = (process / "cmdline").read_bytes().split(b"\0")
             if uuid and b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
                 continue
-            return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+            return _named(process)
     return ""
 
 
@@ -267,31 +267,27 @@ def claimed(path: str) -> bool:
     return False
 
 
-def writer_of(path: str) -> str:
-    """Who may be writing to the block device, in words; '': nobody. Raises StorageFailed.
+def device_user(path: str) -> str:
+    """Who has the block device open or claims it, in words; '': nobody. Raises StorageFailed."""
+    return reader_of(path, "") or ("a mount, or another device" if claimed(path) else "")
 
-    See `reader_of` and `claimed`; who has it open to read is none.
-    """
+
+def writer_of(path: str) -> str:
+    """The same without those that have it open to read only. Raises StorageFailed."""
     if claimed(path):
-        return reader_of(path, "") or "a mount, or another device"
+        return device_user(path)
     wanted = file_id(path)
-    for process in Path("/proc").glob("[0-9]*"):
-        if wanted is None or process.name == str(os.getpid()) or not _has_open(process, wanted):
-            continue
-        with contextlib.suppress(OSError, StopIteration, ValueError):
-            if any(
-                _writes(process, fd.name)
-                for fd in (process / "fd").iterdir()
-                if file_id(str(fd)) == wanted
-            ):
-                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+    for process in _others() if wanted is not None else ():
+        with contextlib.suppress(OSError):
+            if any(_writes(fd) for fd in _descriptors(process, wanted)):
+                return _named(process)
     return ""
 
 
-def _writes(process: Path, fd: str) -> bool:
+def _writes(fd: Path) -> bool:
     """Whether a descriptor is open for writing (proc(5), /proc/PID/fdinfo, `flags` in octal)."""
-    lines = (process / "fdinfo" / fd).read_text().splitlines()
-    flags = next(int(line[6:], 8) for line in lines if line.startswith("flags:"))
+    lines = (fd.parent.parent / "fdinfo" / fd.name).read_text().splitlines()
+    flags = next((int(line[6:], 8) for line in lines if line.startswith("flags:")), os.O_RDWR)
     return flags & os.O_ACCMODE != os.O_RDONLY
 
 
@@ -304,11 +300,21 @@ def reader_in(device: int) -> str:
         with contextlib.suppress(OSError):
             if os.stat(loop.read_text().rstrip("\n")).st_dev == device:
                 return f"the loop device {loop.parent.parent.name}"
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name != str(os.getpid()) and _is_in(process, device):
+    for process in _others():
+        if _is_in(process, device):
             with contextlib.suppress(OSError):
-                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+                return _named(process)
     return ""
+
+
+def _others() -> Iterator[Path]:
+    """The folders of all other processes (proc(5))."""
+    own = str(os.getpid())
+    return (process for process in Path("/proc").glob("[0-9]*") if process.name != own)
+
+
+def _named(process: Path) -> str:
+    return f"{(process / 'comm').read_text().strip()} (process {process.name})"
 
 
 def _is_in(process: Path, device: int) -> bool:
@@ -322,9 +328,9 @@ def _is_in(process: Path, device: int) -> bool:
     return False
 
 
-def _has_open(process: Path, wanted: FileId) -> bool:
-    try:
-        with os.scandir(process / "fd") as entries:
-            return any(file_id(entry.path) == wanted for entry in entries)
-    except OSError:  # it has ended, or it is none of ours to look at
-        return False
+def _descriptors(process: Path, wanted: FileId | None) -> Iterator[Path]:
+    """Those by which a process has the file open."""
+    with contextlib.suppress(OSError), os.scandir(process / "fd") as entries:
+        for entry in entries:  # OSError: it has ended, or it is none of ours to look at
+            if file_id(entry.path) == wanted:
+                yield Path(entry.path)

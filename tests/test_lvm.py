@@ -14,6 +14,7 @@ from snapd_vm import command
 from snapd_vm.command import Result
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import Busy, NameInUse, NoSpace, StorageFailed
+from snapd_vm.methods import folder
 from snapd_vm.methods.lvm import devicemapper, lvmrevert, lvmsizes, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmvolumes import GroupAbsent, Lv
 from snapd_vm.model import Tag
@@ -267,9 +268,9 @@ def test_the_ways_a_path_leads(tmp_path: Path) -> None:
     (tmp_path / "mine").symlink_to("vg/lv")
     (tmp_path / "loop").symlink_to("loop")
     paths = [str(tmp_path / name) for name in ("mine", "vg/lv", "dm-1")]
-    assert list(lvmrevert.links(paths[0])) == paths
-    assert list(lvmrevert.links(paths[2])) == paths[2:]
-    assert len(list(lvmrevert.links(str(tmp_path / "loop")))) == 40
+    assert list(folder.links(paths[0])) == paths
+    assert list(folder.links(paths[2])) == paths[2:]
+    assert len(list(folder.links(str(tmp_path / "loop")))) == 40
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 from snapd_vm import storage
-from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, NoSuchDomain, StorageFailed
-from snapd_vm.methods import clone, off, overlay
+from snapd_vm.errors import (
+    Busy,
+    InvalidState,
+    MethodNotSupported,
+    NameInUse,
+    NoSpace,
+    NoSuchDomain,
+    StorageFailed,
+)
+from snapd_vm.methods import chain, clone, off, overlay
 from snapd_vm.methods.folder import check_links, open_folder
 from snapd_vm.methods.image import Image, revert_of
 from snapd_vm.methods.method import Record, Watch
@@ -79,6 +87,21 @@ class _Plan:
             "made": self.made.as_json() if self.made else None,
         }
         return dataclasses.replace(target, data={**target.data, "revert": data})
+
+
+def check_whole(held: int, image_format: str) -> None:
+    """Refuse a snapshot's image that lies on others; the descriptor is closed.
+
+    Raises MethodNotSupported and StorageFailed.
+    """
+    try:
+        if chain.lies_on_others(held, image_format):
+            raise MethodNotSupported(
+                "The snapshot's image has a backing file, which may have changed since; copy the "
+                "backup source over the disk instead."
+            )
+    finally:
+        os.close(held)
 
 
 def check(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag) -> Target:

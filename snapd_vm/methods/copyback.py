@@ -6,11 +6,12 @@ volume with a file system, is another file system than the image's.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Callable
 
-from snapd_vm.errors import Cancelled, NoSpace, SnapdError, StorageFailed
+from snapd_vm.errors import Cancelled, NoSpace, StorageFailed
 from snapd_vm.methods import clone, cloneback
 from snapd_vm.methods.folder import open_folder
 from snapd_vm.methods.method import Watch
@@ -32,20 +33,18 @@ def origin(
         image_format,
         lambda _: open_file(),
         fill=lambda _snapshot, _draft: None,
-        room=_allocated(open_file) + clone.RESERVE,
     )
 
 
-def _allocated(open_file: Callable[[], int]) -> int:
-    """The room that the image in the snapshot takes, where it can be read."""
-    try:
-        held = open_file()
-    except SnapdError:  # it is not shown: settling needs no room
-        return 0
-    try:
-        return os.fstat(held).st_blocks * 512
-    finally:
-        os.close(held)
+def checked(copied: cloneback.Origin, open_file: Callable[[], int]) -> cloneback.Origin:
+    """The same with the room that the copy takes, for cloneback.check; the image must be whole.
+
+    Raises MethodNotSupported and StorageFailed.
+    """
+    held = open_file()
+    room = os.fstat(held).st_blocks * 512 + clone.RESERVE
+    cloneback.check_whole(held, copied.format)
+    return dataclasses.replace(copied, room=room)
 
 
 def fill(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from snapd_vm import storage
@@ -39,6 +39,16 @@ def low_space(disk: str, folder: str, percent: int) -> Mapping[str, str]:
         f"{storage.space_available(folder)} bytes left, and the guest stops when there are none; "
         "make room, or delete snapshots."
     }
+
+
+def links(path: str) -> Iterator[str]:
+    """A path, and those by which its last part leads on to what it names; proves nothing."""
+    for _ in range(_MOST_LINKS):
+        yield path
+        try:
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        except OSError:  # EINVAL: no symlink
+            return
 
 
 def check_links(hypervisor: Hypervisor, declared: str, image: str) -> None:

@@ -180,14 +180,7 @@ class Btrfs:
         held = _open_file(one)
         if held is None:
             raise StorageFailed("The snapshot is gone; there is nothing to go back to.")
-        try:
-            if chain.lies_on_others(held, one.format):
-                raise MethodNotSupported(
-                    "The snapshot's image has a backing file, which may have changed since; copy "
-                    "the backup source over the disk instead."
-                )
-        finally:
-            os.close(held)
+        cloneback.check_whole(held, one.format)
         return cloneback.check(self._hypervisor, _origin(target), target, tag)
 
     def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:

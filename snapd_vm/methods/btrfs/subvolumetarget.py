@@ -13,9 +13,9 @@ from snapd_vm.model import Target
 class SubvolumeTarget(Taken):
     """A Target's data.
 
-    `source` is the UUID of the subvolume, `root` its root
-    folder, `inside` the image's path below that. The snapshot `name` is in `folder`, a folder of
-    its own in `place`. `shared`: other snapshots on record, of disks taken together, are in it too.
+    `source` is the UUID of the subvolume, `root` its root folder, `inside` the image's path below
+    that. The snapshot `name` is in `folder`, a folder of its own in `place`. `shared`: other
+    snapshots on record, of disks taken together, are in it too.
     """
 
     source: str

@@ -45,7 +45,12 @@ class Volume:
     @property
     def names(self) -> tuple[str, str]:
         """The names of its device that udev gives it; all others are somebody's symlinks."""
-        return self.path, f"/dev/mapper/{joined(self.vg, self.lv)}"
+        return names(self.vg, self.lv)
+
+
+def names(vg: str, lv: str) -> tuple[str, str]:
+    """See Volume.names."""
+    return f"/dev/{vg}/{lv}", f"/dev/mapper/{joined(vg, lv)}"
 
 
 def joined(vg: str, lv: str) -> str:

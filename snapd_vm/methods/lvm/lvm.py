@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lxml import etree
 
-from snapd_vm import command, mounts, storage
+from snapd_vm import mounts, storage
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import (
     Busy,
@@ -55,8 +55,6 @@ _CREATE_S = 60.0
 waits for udev several times, which may be slow; without that (--noudevsync) it fails for thick
 snapshots, as it finds no device to clear.
 """
-_PATIENCE_S = 60.0
-"""How long an lvcreate of an earlier life of the daemon is waited for."""
 _JUST_NOW_S = 1.0
 """For so long a report that shows a snapshot in order is taken for what is: one for all of them."""
 _FRESH_S = 5.0
@@ -209,7 +207,7 @@ class Lvm:
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether the snapshot is there, and of the volume that was meant; its file is mounted."""
         one = LvmTarget.of(target)
-        self._wait(one)
+        lvmvolumes.wait(one.vg, one.name)
         lvs = lvmvolumes.report(one.vg)
         found = lvmsnapshot.ours(one, lvs)
         if found is None or found.writable or lvmsnapshot.suspended(one.origin):
@@ -231,7 +229,7 @@ class Lvm:
         if one.snapshot in self._unasked:
             self._unasked.discard(one.snapshot)
             return False
-        self._wait(one)
+        lvmvolumes.wait(one.vg, one.name)
         return lvmsnapshot.remove(one)
 
     def check_delete(self, target: Target, tag: Tag) -> None:
@@ -280,8 +278,7 @@ class Lvm:
         if not one.image:
             return self._revert.check(target)
         self.show(target)
-        origin = lvmfile.origin_of(one)
-        lvmfile.check_revert(target.disk, one, origin)
+        origin = lvmfile.checked(target.disk, one)
         return cloneback.check(self._hypervisor, origin, target, tag)
 
     def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
@@ -417,8 +414,3 @@ class Lvm:
                 finally:
                     recent.at = time.monotonic()
             return recent.lvs
-
-    def _wait(self, one: LvmTarget) -> None:
-        """Until no lvcreate is at work on the snapshot. Raises StorageFailed."""
-        if not command.wait_for_marked(one.name, "lvcreate", _PATIENCE_S):
-            raise StorageFailed(f"An lvcreate for {one.vg}/{one.name} does not end.")

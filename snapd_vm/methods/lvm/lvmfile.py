@@ -88,19 +88,12 @@ def _open_file(one: LvmTarget) -> int:
         os.close(root)
 
 
-def check_revert(disk: str, one: LvmTarget, origin: cloneback.Origin) -> None:
-    """Refuse what would harm: a base that may have changed, or snapshots without the room for a new
-    copy of the image in the same volume. Raises MethodNotSupported, NoSpace and StorageFailed.
+def checked(disk: str, one: LvmTarget) -> cloneback.Origin:
+    """What a revert may go back to: snapshots must have room for a new copy in the same volume.
+
+    Raises MethodNotSupported, NoSpace and StorageFailed.
     """
-    held = _open_file(one)
-    try:
-        if chain.lies_on_others(held, one.format):
-            raise MethodNotSupported(
-                "The snapshot's image has a backing file, which may have changed since; copy the "
-                "backup source over the disk instead."
-            )
-    finally:
-        os.close(held)
+    origin = copyback.checked(origin_of(one), lambda: _open_file(one))
     lvs = lvmvolumes.report(one.vg)
     volume = next((lv for lv in lvs if lv.name == one.lv), None)
     if volume is None:
@@ -115,6 +108,7 @@ def check_revert(disk: str, one: LvmTarget, origin: cloneback.Origin) -> None:
                 f"The thin pool of disk {disk} has {free} bytes left, and a copy of the image "
                 f"takes {origin.room}; extend the pool or delete snapshots."
             )
+    return origin
 
 
 def origin_of(one: LvmTarget) -> cloneback.Origin:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from typing import Protocol
 
-from snapd_vm import command, storage
+from snapd_vm import storage
 from snapd_vm.errors import (
     Busy,
     InvalidState,
@@ -29,6 +29,7 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods import off
+from snapd_vm.methods.folder import links
 from snapd_vm.methods.image import revert_of
 from snapd_vm.methods.lvm import devicemapper, lvmsizes, lvmsnapshot, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
@@ -41,9 +42,6 @@ log = logging.getLogger(__name__)
 _BLOCK = 4 << 20
 _PAGE = 4096  # the least chunk of a thick snapshot: what is equal must not be written
 _LOOK = 256 << 20  # bytes between two looks whether the domain is off still
-_PATIENCE_S = 60.0
-"""How long an lvcreate of an earlier life of the daemon is waited for."""
-_MOST_LINKS = 40  # as in the kernel, path_resolution(7)
 
 
 class Hypervisor(off.Hypervisor, Protocol):
@@ -108,7 +106,7 @@ class VolumeRevert:
             origin = _named(lvmvolumes.report(one.vg), one.lv)
             kept = [tag for tag in origin.tags if not lvmtags.is_ours(tag)] if origin else []
             tags = [lvmtags.reverting(one.snapshot), *kept]
-            lvmvolumes.writable_thin(one.vg, one.name, _draft(one), tags, _draft(one))
+            lvmvolumes.writable_thin(one.vg, one.name, _draft(one), tags)
         return target
 
     def revert(self, target: Target, watch: Watch) -> None:
@@ -144,8 +142,7 @@ class VolumeRevert:
         return come is _Come.DONE
 
     def _settle_thin(self, one: LvmTarget, discarded: str) -> bool:
-        if not command.wait_for_marked(_draft(one), "lvcreate", _PATIENCE_S):
-            raise StorageFailed(f"An lvcreate for {one.vg}/{_draft(one)} does not end.")
+        lvmvolumes.wait(one.vg, _draft(one))
         lvmsnapshot.resume(one)
         lvs = lvmvolumes.report(one.vg)
         present, tag = _named(lvs, one.lv), lvmtags.reverting(one.snapshot)
@@ -204,7 +201,7 @@ class VolumeRevert:
     def _check_name(self, target: Target, one: LvmTarget) -> None:
         """The definition must lead to the volume by its name, as another volume gets that."""
         disk = self._hypervisor.read(one.domain).disk(target.disk)
-        names = {one.origin, f"/dev/mapper/{devicemapper.joined(one.vg, one.lv)}"}
+        names = set(devicemapper.names(one.vg, one.lv))
         if disk is not None and names.isdisjoint(links(disk.path)):
             raise MethodNotSupported(
                 f"Disk {target.disk} is {disk.path}, which names not the logical volume but its "
@@ -248,16 +245,6 @@ class VolumeRevert:
                     os.close(fd)
         self._come[one.snapshot] = _Come.DONE
         log.info("wrote %d bytes of %s to %s", written, one.name, one.origin)
-
-
-def links(path: str) -> Iterator[str]:
-    """A path, and those by which its last part leads on to what it names."""
-    for _ in range(_MOST_LINKS):
-        yield path
-        try:
-            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
-        except OSError:  # EINVAL: no symlink
-            return
 
 
 def differing(source: int, origin: int, at: int) -> Iterator[tuple[int, bytes]]:

@@ -170,7 +170,7 @@ def snapshot(
     log.info("created logical volume %s/%s, a snapshot of %s", vg, name, origin)
 
 
-def writable_thin(vg: str, origin: str, name: str, tags: Sequence[str], mark: str) -> None:
+def writable_thin(vg: str, origin: str, name: str, tags: Sequence[str]) -> None:
     """A thin snapshot that can be written to, and is a volume like any other.
 
     Raises NameInUse, NoSpace and StorageFailed.
@@ -178,8 +178,17 @@ def writable_thin(vg: str, origin: str, name: str, tags: Sequence[str], mark: st
     argv = [*_words("lvcreate"), "-s", "-prw", "-kn", "-ay", "-n", name]
     for tag in tags:
         argv += ["--addtag", tag]
-    _run([*argv, "--", f"{vg}/{origin}"], _LIMIT_S, mark)
+    _run([*argv, "--", f"{vg}/{origin}"], _LIMIT_S, name)
     log.info("created logical volume %s/%s, a copy of %s", vg, name, origin)
+
+
+def wait(vg: str, name: str) -> None:
+    """Until no lvcreate is at work on this volume, of an earlier life of the daemon it may be.
+
+    Raises StorageFailed.
+    """
+    if not command.wait_for_marked(name, "lvcreate", _LIMIT_S):
+        raise StorageFailed(f"An lvcreate for {vg}/{name} does not end.")
 
 
 def remove(lv: Lv) -> None:

@@ -123,10 +123,8 @@ class Reflink:
                         f"The folder {copy.folder} has {available} bytes left; what the guest "
                         "overwrites after the snapshot needs new room, so make some first."
                     )
-                if not copy.active and storage.write_locked(copy.image):
-                    raise Busy(
-                        f"The image of disk {target.disk} is open for writing by another process."
-                    )
+                if not copy.active:
+                    taken.check_unwritten(copy.image)
                 image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
                 try:
                     clone.try_with(folder, image, tag)

@@ -17,7 +17,6 @@ from snapd_vm import storage
 from snapd_vm.errors import (
     Busy,
     InvalidState,
-    MethodNotSupported,
 )
 from snapd_vm.methods import chain, cloneback, copyback, off
 from snapd_vm.methods.image import revert_of
@@ -40,16 +39,8 @@ def check(hypervisor: Hypervisor, target: Target, tag: Tag) -> Target:
     one = ZfsTarget.of(target)
     if one.is_volume:
         return _check_volume(hypervisor, target, one)
-    held = _open_file(one)
-    try:
-        if chain.lies_on_others(held, one.format):
-            raise MethodNotSupported(
-                "The snapshot's image has a backing file, which may have changed since; copy the "
-                "backup source over the disk instead."
-            )
-    finally:
-        os.close(held)
-    return cloneback.check(hypervisor, _origin(one), target, tag)
+    origin = copyback.checked(_origin(one), lambda: _open_file(one))
+    return cloneback.check(hypervisor, origin, target, tag)
 
 
 def _check_volume(hypervisor: Hypervisor, target: Target, one: ZfsTarget) -> Target:
@@ -84,11 +75,9 @@ def _check_unused(target: Target, one: ZfsTarget) -> None:
 
     Raises Busy and StorageFailed.
     """
-    reader = storage.reader_of(one.declared, "")
-    if not reader and storage.claimed(one.declared):
-        reader = "a mount, or another device"
-    if reader:
-        raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is in use by {reader}.")
+    user = storage.device_user(one.declared)
+    if user:
+        raise Busy(f"The volume of disk {target.disk}, {one.dataset}, is in use by {user}.")
 
 
 def prepare(hypervisor: Hypervisor, target: Target, tag: Tag, record: Record) -> Target:
