@@ -83,7 +83,7 @@ async def test_secrets_that_are_no_use(lab: Lab, api: Api, ceph: Ceph, places: P
             await places.known(api)
             text = await both(api, guest, error)
             assert words in text
-            for hidden in (uuid, ceph.user, ceph.host, f":{ceph.port}", wrong):
+            for hidden in (uuid, ceph.user, ceph.host, str(ceph.port), wrong):
                 assert hidden not in text
             assert wrong not in lab.daemon.log and ceph.key not in lab.daemon.log
     with secret(lab, value=ceph.key, usage="named so") as uuid:
