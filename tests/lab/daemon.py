@@ -55,6 +55,7 @@ class Daemon:
         self.state_dir = run.folder / "daemon"
         self.config_file = run.folder / "snapd-vm.toml"
         self.log_file = run.folder / "daemon.log"
+        self._begin = 0  # of this life's part of the log
         self.config: dict[str, Any] = {}
         self.argv: Sequence[str | Path] = ARGV
         self.env: Mapping[str, str] = {}
@@ -83,6 +84,11 @@ class Daemon:
         return nursery.status(process)
 
     @property
+    def log_of_this_life(self) -> str:
+        """What it has written since it was last started."""
+        return self.log_file.read_bytes()[self._begin :].decode(errors="replace")
+
+    @property
     def log(self) -> str:
         """All it has written to stderr (and stdout) so far, in all its lives."""
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
@@ -108,6 +114,7 @@ class Daemon:
         own = {"uri": self._libvirtd.uri, "state_dir": str(self.state_dir), **LIMITS}
         whole = {**own, **self.config}
         self.config_file.write_text(toml(whole))
+        self._begin = self.log_file.stat().st_size if self.log_file.exists() else 0
         self._process = self._run.start(
             "daemon",
             [*self._libvirtd.inside(CHECKOUT), *self.argv, "--config", self.config_file],

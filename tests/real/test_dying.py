@@ -141,6 +141,12 @@ async def test_qemu_killed_at(
     assert (await api.create(own, flags=QUIESCE_REQUIRED)).ours("consistency") == "quiesced"
 
 
+def known_to_libvirt(lab: Lab, guest: Guest) -> bool:
+    """Whether libvirt has a domain of the guest's UUID."""
+    domains = lab.hypervisor.connection().listAllDomains()
+    return guest.uuid in [domain.UUIDString() for domain in domains]
+
+
 @pytest.mark.parametrize("transient", [False, True])
 async def test_qemu_killed_before_an_undo_that_would_lose_what_the_guest_wrote(
     connect: Connect, faulty: Lab, own: Guest, transient: bool
@@ -161,7 +167,9 @@ async def test_qemu_killed_before_an_undo_that_would_lose_what_the_guest_wrote(
     assert overlay != base
     own.control.close()
     os.kill(qemu_of(own), signal.SIGKILL)
-    if not transient:
+    if transient:
+        wait_until("libvirt has dropped it", lambda: not known_to_libvirt(faulty, own), 30)
+    else:
         own.wait_state("shutoff")
     flag.unlink()
     await refused(call, "StorageFailed")
