@@ -52,7 +52,7 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostVm]:
     staging = tmp_path_factory.mktemp("installed")
     run("make", "--silent", "install", f"DESTDIR={staging}", cwd=CHECKOUT)
     (staging / "usr/share/web.xml").write_text(WEB)
-    (staging / CONFIG[1:]).parent.mkdir(parents=True)
+    (staging / CONFIG[1:]).parent.mkdir(parents=True, exist_ok=True)
     (staging / CONFIG[1:]).write_text(SETTINGS)
     with HostVm() as running:
         running.copy_in(staging, "/")

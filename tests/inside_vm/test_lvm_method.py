@@ -164,6 +164,15 @@ def kinds(group: Group, before: list[str]) -> bool:
     return [one.split()[:2] for one in group.contents()] == [one.split()[:2] for one in before]
 
 
+def test_the_kernel_is_told_what_a_snapshot_will_need(group: Group, folder: Path) -> None:
+    module = Path("/sys/module/dm_snapshot")
+    taken = Taken(folder, "block", group.device("thick"))
+    run("modprobe", "-r", module.name)
+    assert not module.exists()
+    taken.prepare()
+    assert module.exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_are_taken_reverted_to_and_deleted(group: Group, folder: Path, kind: str) -> None:
     device, before = group.device(kind), group.contents()

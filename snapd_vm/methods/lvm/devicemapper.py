@@ -1,5 +1,5 @@
 """Logical volumes as the kernel has them (sysfs): which one a device is, by which names it goes,
-what it is made of. Starts no program, opens no device, changes nothing.
+what it is made of. Starts no program, opens no volume, changes none.
 
 lvm calls a device by the names of its volume group and volume, the hyphens in each doubled, and
 gives it the UUID `LVM-` with the UUIDs of both; what it needs inside has a suffix to that.
@@ -7,19 +7,29 @@ gives it the UUID `LVM-` with the UUIDs of both; what it needs inside has a suff
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 SYSFS = Path("/sys/dev/block")
+CONTROL = "/dev/mapper/control"
 LONGEST_NAME = 127
 """Of a device: DM_NAME_LEN, linux/dm-ioctl.h."""
 
 _UUID = re.compile(r"LVM-([0-9A-Za-z]{32})([0-9A-Za-z]{32})(-[a-z]+)?")
 THICK, THIN = "thick", "thin"
+# linux/dm-ioctl.h: a request, and of its struct dm_ioctl the version, data_size, data_start and name.
+_GET_TARGET_VERSION = 0xC138FD11
+_DM_IOCTL = struct.Struct("3I I I 28x 128s 136x")
+_ANSWER = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,25 @@ def volume_of(number: int) -> Volume | None:
         return None
     vg, lv = parts
     return Volume(number, vg, lv, ids[1], ids[2], _kind(number, ids[1]))
+
+
+def load_target(name: str) -> None:
+    """Have the kernel load the module of one of device mapper's targets, if it is not there.
+
+    lvcreate calls modprobe(8) for it, which takes its time, and which a service that is confined
+    can't (ProtectKernelModules=, systemd.exec(5)). The kernel calls it outside of that. Where that
+    can't be (a kernel before 5.4), lvcreate says what is wrong.
+    """
+    request = bytearray(_ANSWER)
+    _DM_IOCTL.pack_into(request, 0, 4, 0, 0, _ANSWER, _DM_IOCTL.size, name.encode())
+    try:
+        fd = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, _GET_TARGET_VERSION, request)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.debug("the kernel does not load device mapper's target %s: %s", name, error)
 
 
 def is_suspended(number: int) -> bool:

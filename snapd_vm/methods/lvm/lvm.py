@@ -175,8 +175,8 @@ class Lvm:
         return rooms
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
-        """Say how large each is to be, and have written what the host has not written yet, as
-        lvcreate would have it done in the freeze.
+        """Say how large each is to be; have the kernel load what it needs, and write what the host
+        has not written yet, as lvcreate would have it done in the freeze.
         """
         prepared = []
         for target, room in zip(targets, self._rooms(targets), strict=True):
@@ -184,6 +184,8 @@ class Lvm:
             data: dict[str, Json] = {**target.data, "room": 0 if one.thin else room.needed}
             prepared.append(dataclasses.replace(target, data=data))
             self._unasked.add(one.snapshot)
+            if not one.thin:  # of a thin one the pool uses it already
+                devicemapper.load_target("snapshot")
         record(prepared)
         for target in prepared:
             lvmfile.write_out(self._hypervisor, LvmTarget.of(target))
