@@ -26,7 +26,7 @@ LONGEST_NAME = 127
 
 _UUID = re.compile(r"LVM-([0-9A-Za-z]{32})([0-9A-Za-z]{32})(-[a-z]+)?")
 THICK, THIN = "thick", "thin"
-# linux/dm-ioctl.h: a request, and of its struct dm_ioctl the version, data_size, data_start and name.
+# linux/dm-ioctl.h: a request, and of its struct dm_ioctl version, data_size, data_start and name.
 _GET_TARGET_VERSION = 0xC138FD11
 _DM_IOCTL = struct.Struct("3I I I 28x 128s 136x")
 _ANSWER = 512
