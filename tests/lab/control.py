@@ -54,6 +54,15 @@ class Control:
         answer: dict[str, Any] = json.loads(body)
         return answer
 
+    def send(self, line: str) -> None:
+        """Send what is not answered."""
+        with self._lock:
+            try:
+                self._send(line.encode() + b"\n", 10 * SLOWNESS)
+            except OSError as error:
+                self._drop()
+                raise NoAnswerError(f"the guest can't be told {line!r}: {error!r}") from error
+
     def close(self) -> None:
         """Hang up; the next command connects again."""
         with self._lock:

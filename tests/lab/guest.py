@@ -5,13 +5,15 @@ from __future__ import annotations
 import uuid as uuids
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from tests.lab import warmstart
 from tests.lab.control import Control
 from tests.lab.deadline import LabError, wait_until
 from tests.lab.disks import Disk, DiskSpec, make_disk
 from tests.lab.guestxml import Agent, Ports, domain_xml, ports_in
-from tests.lab.hypervisor import Hypervisor, agent_answers
+from tests.lab.hypervisor import INACTIVE, Hypervisor, agent_answers
 from tests.lab.image import GuestImage
 from tests.lab.process import tail
 from tests.lab.pulse import Pulse
@@ -64,6 +66,23 @@ class Guest:
         """Boot it, and wait until guestd and the agent answer."""
         self.domain.create()
         self.wait_up(timeout)
+
+    def restore(self, state: Path, timeout: float = BOOT_S) -> None:
+        """Start it from the state of another that waits for its disks (warmstart.py)."""
+        saved = self.ports.console.with_suffix(".saved")
+        warmstart.write_saved(state, self.domain.XMLDesc(INACTIVE), saved)
+        self._hypervisor.restore(saved)
+        saved.unlink()
+        self.control.send(str(self.pause_us))
+        self.wait_up(timeout)
+
+    def save(self, to: Path) -> None:
+        """Boot it, and write its state once it waits for its disks."""
+        self.domain.create()
+        wait_until(
+            f"{self.name} waits", lambda: warmstart.WAITS in tail(self.ports.console), BOOT_S
+        )
+        self._hypervisor.save(self.uuid, to)
 
     def wait_up(self, timeout: float = BOOT_S) -> None:
         """Wait until guestd and the agent answer."""
@@ -252,31 +271,48 @@ def make_guest(
     elements: str = "",
     pause_us: int = PAUSE_US,
 ) -> Guest:
-    """Make the disks, define the domain, and unless told otherwise boot it."""
+    """Make the disks, define the domain, and unless told otherwise start it: from the state of one
+    of its shape, where `devices` and `elements` don't say what a shape does not.
+    """
     if any(spec.filesystem == "xfs" for spec in specs):
         kernel_arguments += " lab.xfs"
-    whole_name = f"{run.domain_prefix}{name}"
-    uuid = str(uuids.uuid4())
     folder = run.path("images")
     disks = tuple(
         make_disk(spec, folder, name, f"vd{letter}")
         for spec, letter in zip(specs, "abcdefgh", strict=False)
     )
-    ports = ports_in(run.path("guests"), name)
-    hypervisor.define(
-        domain_xml(
+
+    def defined(name: str, arguments: str) -> Guest:
+        ports, uuid = ports_in(run.path("guests"), name), str(uuids.uuid4())
+        whole_name = f"{run.domain_prefix}{name}"
+        xml = domain_xml(
             whole_name,
             uuid,
             disks,
             image,
             ports,
             agent,
-            kernel_arguments=kernel_arguments,
+            kernel_arguments=arguments,
             devices=devices,
             elements=elements,
         )
-    )
-    guest = Guest(hypervisor, whole_name, uuid, disks, ports, agent, pause_us)
+        hypervisor.define(xml)
+        return Guest(hypervisor, whole_name, uuid, disks, ports, agent, pause_us)
+
+    def save(khz: int) -> Path:
+        """The state of another one like it, which needs no disks of its own: it never sees them."""
+        another = defined(f"{name}-waits", f"{kernel_arguments} {warmstart.kernel_arguments(khz)}")
+        path = another.ports.console.with_suffix(".saved")
+        another.save(path)
+        hypervisor.remove(another.domain)
+        return path
+
+    guest = defined(name, kernel_arguments)
     if start:
-        guest.start()
+        shape = warmstart.shape(len(disks), agent, kernel_arguments)
+        state = None if devices or elements else warmstart.state(shape, save)
+        if state is None:
+            guest.start()
+        else:
+            guest.restore(state)
     return guest

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+from tests.lab import warmstart
+from tests.lab.disks import DiskSpec
 from tests.lab.image import guest_image
+from tests.lab.lab import Lab
 from tests.lab.program import CHECKOUT, run
 
 # What Debian's packages in the VM do not bring. Compiled for this machine's Python, they still fit:
@@ -27,7 +30,7 @@ SIZE = "1G"
 def payload_disk(disk: Path, staging: Path) -> None:
     """Make a raw image with ext4: checkout/, packages/ and guest/."""
     (staging / "guest").mkdir(parents=True)
-    for path in (guest_image().kernel, guest_image().initramfs):
+    for path in (guest_image().kernel, guest_image().initramfs, *_states()):
         shutil.copyfile(path, staging / "guest" / path.name)
     _copy_packages(staging / "packages")
     (staging / "packages/gi.py").write_text(NO_GLIB)
@@ -35,6 +38,18 @@ def payload_disk(disk: Path, staging: Path) -> None:
         packed.extractall(staging / "checkout", filter="fully_trusted")
     run("mkfs.ext4", "-q", "-d", staging, disk, SIZE, timeout=120)
     shutil.rmtree(staging)
+
+
+def _states() -> Iterator[Path]:
+    """States of guests with one disk and with two: to boot one inside a VM takes minutes."""
+    for disks in (1, 2):
+        shape = warmstart.shape(disks)
+        if warmstart.find(shape) is None:
+            with Lab() as lab:
+                lab.guest([DiskSpec()] * disks)
+        found = warmstart.find(shape)
+        assert found is not None
+        yield found
 
 
 def checkout_tar(*, compiled: bool) -> bytes:

@@ -9,6 +9,7 @@ import base64
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import libvirt
@@ -22,6 +23,7 @@ FORGET = (
     | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
     | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
 )
+INACTIVE = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
 STATES = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_PAUSED: "paused",
@@ -62,6 +64,14 @@ class Hypervisor:
     def define(self, xml: str) -> Any:
         """Define a domain; the virDomain is the caller's until libvirtd goes away."""
         return self._call("define", lambda connection: connection.defineXML(xml))
+
+    def save(self, uuid: str, path: Path) -> None:
+        """Write its state to a file, and end it."""
+        self._call("save", lambda connection: connection.lookupByUUIDString(uuid).save(str(path)))
+
+    def restore(self, path: Path) -> None:
+        """Start the domain that a file has the definition and state of."""
+        self._call("restore", lambda connection: connection.restore(str(path)))
 
     def domain(self, uuid: str) -> Any:
         """The domain of this UUID, on the present connection."""

@@ -76,6 +76,13 @@ def guest_image() -> GuestImage:
     return GuestImage(folder / "vmlinux", folder / "initramfs")
 
 
+def cached() -> tuple[Path, bool]:
+    """Where the guest's image is, and whether more can be kept there."""
+    if ready := os.environ.get("SNAPD_VM_LAB_GUEST"):
+        return Path(ready), False
+    return guest_image().kernel.parent, True
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file while the `with` block runs."""

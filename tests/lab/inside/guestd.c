@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/reboot.h>
 #include <sys/signalfd.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -241,6 +242,38 @@ static void read_control(void)
         used = 0;
 }
 
+/* What a state that is to be restored for others is saved of: all is up, and no disk known yet. */
+static bool asked_to_wait(void)
+{
+    char line[4096] = "";
+    FILE *file = fopen("/proc/cmdline", "re");
+    bool wait = file && fgets(line, sizeof line, file) && strstr(line, "lab.wait");
+    if (file)
+        fclose(file);
+    return wait;
+}
+
+/* Until the host says how long the writers are to pause; the next lines stay for read_control. */
+static void wait_for_disks(void)
+{
+    char line[16] = "";
+    size_t used = 0;
+    puts("guestd: waits");
+    fflush(stdout);
+    while (!strchr(line, '\n') && used < sizeof line - 1) {
+        ssize_t length = read(control, line + used, 1);
+        if (length > 0)
+            used += (size_t)length;
+        else
+            usleep(5000); /* nothing was said, or no host is there: they look alike */
+    }
+    disks_set_pause((unsigned)atoi(line));
+    int module = open("/modules/virtio_blk.ko", O_RDONLY | O_CLOEXEC);
+    if (module < 0 || syscall(SYS_finit_module, module, "", 0))
+        perror("guestd: virtio_blk");
+    close(module);
+}
+
 int main(void)
 {
     sigset_t signals;
@@ -249,12 +282,17 @@ int main(void)
     sigaddset(&signals, SIGTERM); /* /sbin/shutdown, which qemu-ga runs, is a kill -TERM 1 */
     sigprocmask(SIG_BLOCK, &signals, NULL);
     int signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+    control = open_port(CONTROL_PORT);
+    if (asked_to_wait()) {
+        agents_start();
+        sleep(2); /* so long they take to start, or they do so after all */
+        wait_for_disks();
+    }
     pulse_port = open_port(PULSE_PORT);
     disks_mount_all();
     agents_start();
     in_thread(watch_button, "/dev/input/event0");
     in_thread(watch_button, "/dev/input/event1");
-    control = open_port(CONTROL_PORT);
     struct pollfd sources[] = {{.fd = signal_fd, .events = POLLIN},
                                {.fd = control, .events = POLLIN}};
     for (;;) {
