@@ -17,6 +17,8 @@ from snapd_vm.virt.agentsocket import SocketAgent
 from tests.agent.fake import FakeAgent
 from tests.agent.real import RealAgent
 
+pytestmark = pytest.mark.measures
+
 Start = Callable[[bool], FakeAgent | RealAgent]
 
 

@@ -17,6 +17,8 @@ from snapd_vm.virt.agent import AgentError, AgentGone, AgentRefused, AgentTimeou
 from snapd_vm.virt.agentsocket import SocketAgent
 from tests.agent.fake import FakeAgent, result
 
+pytestmark = pytest.mark.measures
+
 CALLS: dict[str, tuple[str, Callable[[SocketAgent, float], object]]] = {
     "ping": ("guest-ping", lambda agent, limit: agent.ping(limit)),
     "status": ("guest-fsfreeze-status", lambda agent, limit: agent.status(limit)),

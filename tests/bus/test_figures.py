@@ -6,10 +6,14 @@ import asyncio
 import statistics
 import time
 
+import pytest
+
 from snapd_vm.bus.contract import DISK_SNAPSHOT, OBJECT_MANAGER
 from snapd_vm.model import domain_path
 from tests.bus.clients import Client, RawPeer, marshalled
 from tests.bus.fakes import FakeEngine, make_domain, make_snapshot, uuid
+
+pytestmark = pytest.mark.measures
 
 
 def round_trips(address: str, number: int) -> list[float]:

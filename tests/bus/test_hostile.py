@@ -166,6 +166,7 @@ async def test_random_changes_to_a_call_harm_nobody_else(client: Client, address
     assert await alive(client)
 
 
+@pytest.mark.measures
 async def test_ten_megabytes_are_refused_within_a_second(
     client: Client, engine: FakeEngine, polkit: StandInPolkit
 ) -> None:
@@ -195,6 +196,7 @@ async def test_ten_megabytes_are_refused_within_a_second(
     assert polkit.questions == []
 
 
+@pytest.mark.measures
 async def test_a_flood_of_variants_takes_no_time(client: Client, address: str) -> None:
     item = b"\1y\0\7"
     body = item * (6 * 1024 * 1024)
@@ -256,6 +258,7 @@ async def test_signals_and_answers_that_nobody_asked_for_are_ignored(
     waiting.cancel()
 
 
+@pytest.mark.measures
 async def test_a_flood_that_fills_the_socket_does_not_end_us(
     client: Client, engine: FakeEngine, address: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""A host VM for each file of tests here: for what needs a real systemd, LVM or ZFS."""
+"""The host VM that all tests here share: for what needs a real systemd, LVM or ZFS."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.hostvm import HostVm
+from tests.lab.program import CHECKOUT, run
+
+CONFIG = "/etc/snapd-vm/snapd-vm.toml"
+# Under TCG an lvcreate, which waits for udev, takes seconds, and so does an agent in a guest there.
+SETTINGS = "agent_timeout_s = 60\nfreeze_timeout_s = 60\nfrozen_limit_s = 60\n"
 
 
-@pytest.fixture(scope="module")
-def vm() -> Iterator[HostVm]:
-    """The host VM, for all tests of a file."""
+@pytest.fixture(scope="session")
+def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostVm]:
+    """The host VM with `make install`'s result in it; a boot and this take most of a minute.
+
+    Each file of tests takes away what it made: domains, volume groups and pools.
+    """
     if os.geteuid() != 0:
         pytest.skip("the lab needs root")
+    staging = tmp_path_factory.mktemp("installed")
+    run("make", "--silent", "install", f"DESTDIR={staging}", cwd=CHECKOUT)
+    config = staging / CONFIG[1:]
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(SETTINGS)
     with HostVm() as running:
+        running.copy_in(staging, "/")
+        running.check("systemctl", "daemon-reload")
+        running.check("systemctl", "reload", "dbus")
         yield running
 
 

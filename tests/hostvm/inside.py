@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 
 from tests.lab.hostvm import HostVm
 
 LIMIT_S = 3000.0
+ALL = bool(os.environ.get("SNAPD_VM_ALL"))
+CONFORMANCE = "is_clean or found_again"
+"""What `make test` has the time for."""
 PYTEST = ("python3", "-m", "pytest", "-q", "--durations=15")
+
+
+def some(expression: str) -> Sequence[str]:
+    """The words by which pytest takes these, or all."""
+    return () if ALL else ("-k", expression)
 
 
 def passes(vm: HostVm, *words: str, timeout: float, **env: str) -> None:

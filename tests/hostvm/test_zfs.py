@@ -5,16 +5,16 @@ and the installed service, confined by its unit, as systemd runs it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from lxml import etree
 
-from tests.hostvm.inside import LIMIT_S, passes
+from tests.hostvm.inside import ALL, CONFORMANCE, LIMIT_S, passes, some
 from tests.lab.hostvm import HostVm
-from tests.lab.program import CHECKOUT, run
 
-WEB = """<domain type='qemu'>
-  <name>web</name><memory unit='MiB'>64</memory>
+DOMAIN = """<domain type='qemu'>
+  <name>pooled</name><memory unit='MiB'>64</memory>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
   <devices>
     <disk type='file' device='disk'>
@@ -43,24 +43,19 @@ zfs list -H -t all -o name,userrefs > /root/before
 """
 
 
-@pytest.fixture(scope="module")
-def installed(vm: HostVm, tmp_path_factory: pytest.TempPathFactory) -> HostVm:
-    """The same with `make install`'s result, and a domain that is off, with three disks on ZFS."""
-    staging = tmp_path_factory.mktemp("installed")
-    run("make", "--silent", "install", f"DESTDIR={staging}", cwd=CHECKOUT)
-    (staging / "root").mkdir()
-    (staging / "root/web.xml").write_text(WEB)
-    vm.copy_in(staging, "/")
-    vm.check("systemctl", "daemon-reload")
-    vm.check("systemctl", "reload", "dbus")
+@pytest.fixture
+def pooled(vm: HostVm) -> Iterator[None]:
+    """A domain that is off, with three disks on ZFS."""
     vm.check("bash", "-euc", SET_UP, timeout=120)
-    vm.check("virsh", "define", "/root/web.xml", timeout=120)
-    return vm
+    vm.run(["tee", "/root/pooled.xml"], stdin=DOMAIN.encode())
+    vm.check("virsh", "define", "/root/pooled.xml", timeout=120)
+    yield
+    vm.check("virsh", "undefine", "pooled")
+    vm.check("bash", "-euc", "umount /srv/shown; zpool destroy tank", timeout=120)
 
 
-def test_confined_by_its_unit_the_service_snapshots_all_three(installed: HostVm) -> None:
-    vm = installed
-    answer = vm.check("snapd-vm", "create", "web", "vda", "vdb", "vdc", "--json", timeout=180)
+def test_confined_by_its_unit_the_service_snapshots_all_three(vm: HostVm, pooled: None) -> None:
+    answer = vm.check("snapd-vm", "create", "pooled", "vda", "vdb", "vdc", "--json", timeout=180)
     rows = json.loads(answer)
     assert [row["method"] for row in rows] == ["zfs"] * 3
     sources = [etree.fromstring(row["backup_source"]) for row in rows]
@@ -76,14 +71,17 @@ def test_confined_by_its_unit_the_service_snapshots_all_three(installed: HostVm)
         vm.check("cmp", path, origin)
     name = rows[0]["name"]
     for target in ("vda", "vdb", "vdc"):
-        vm.check("snapd-vm", "delete", f"web/{target}/{name}", timeout=120)
+        vm.check("snapd-vm", "delete", f"pooled/{target}/{name}", timeout=120)
     vm.check("bash", "-c", "zfs list -H -t all -o name,userrefs | diff /root/before -")
     assert vm.check("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").count("@") == 0
 
 
+@pytest.mark.thorough
 def test_on_real_pools(vm: HostVm) -> None:
     passes(vm, "tests/inside_vm/test_zfs.py", timeout=LIMIT_S)
 
 
-def test_the_conformance_suite_on_a_dataset(vm: HostVm) -> None:
-    passes(vm, "tests/real/test_conformance.py", timeout=LIMIT_S, SNAPD_VM_STORAGES="zfs")
+def test_the_conformance_suite(vm: HostVm) -> None:
+    storages = "zfs,zvol" if ALL else "zfs"
+    file = "tests/real/test_conformance.py"
+    passes(vm, file, *some(CONFORMANCE), timeout=LIMIT_S, SNAPD_VM_STORAGES=storages)

@@ -1,4 +1,4 @@
-"""`python -m tests.lab up|clean|vm|vm-run`: the lab by hand, for people and for `make lab`."""
+"""`python -m tests.lab up|clean|vm|vm-image|vm-run`: the lab by hand, for people and `make lab`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from functools import partial
 from tests.lab.cleanup import cleanup
 from tests.lab.deadline import LabError
 from tests.lab.hostvm import ENVIRONMENT, LAB, HostVm, attached, sync
+from tests.lab.hostvmimage import host_vm_image
 from tests.lab.lab import Lab
 
 USAGE = """usage: python -m tests.lab up      a guest, libvirt, a bus, polkitd, the daemon, a shell
        python -m tests.lab clean   take away what killed runs have left
+       python -m tests.lab vm-image            build what a host VM boots, if it is not there
        python -m tests.lab vm      a host VM, until stdin closes or ^C comes
        python -m tests.lab vm -- COMMAND …     a host VM, and one command in it
        python -m tests.lab vm-run -- COMMAND … brings the checkout in the running one up to date,
@@ -55,6 +57,12 @@ def clean() -> int:
     return 0
 
 
+def vm_image() -> int:
+    """Build the host VM's image, which takes minutes."""
+    host_vm_image()
+    return 0
+
+
 def vm(command: Sequence[str]) -> int:
     """A host VM, and one command in it or as many as `vm-run` runs."""
     begun = time.monotonic()
@@ -87,7 +95,12 @@ def show(stream: str, part: bytes) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the first argument says."""
-    commands: dict[str, Callable[[], int]] = {"up": up, "clean": clean, "vm": lambda: vm([])}
+    commands: dict[str, Callable[[], int]] = {
+        "up": up,
+        "clean": clean,
+        "vm": lambda: vm([]),
+        "vm-image": vm_image,
+    }
     match list(arguments):
         case [name] if name in commands:
             do = commands[name]

@@ -30,6 +30,9 @@ from tests.real.api import Created
 from tests.real.arrays import Array, Plugin
 from tests.real.places import image
 
+# Under TCG an lvcreate, which waits for udev, takes seconds, and so does a guest's agent.
+IN_A_VM = {"agent_timeout_s": 60, "freeze_timeout_s": 60, "frozen_limit_s": 60}
+
 
 class Storage(Protocol):
     """A storage, and a running guest whose disk `vda`, in ext4, is on it.
@@ -275,8 +278,7 @@ class Datasets:
     snapshot_s = 120.0
 
     def __init__(self, lab: Lab, pool: Pool, *, volume: bool) -> None:
-        self.config: Mapping[str, Any] = {"agent_timeout_s": 30, "freeze_timeout_s": 30}
-        self.config = {**self.config, "frozen_limit_s": 30}
+        self.config: Mapping[str, Any] = IN_A_VM
         self._pool = pool
         self._area = f"{pool.name}/area"
         pool.dataset("area")
@@ -399,8 +401,7 @@ class Volumes:
     snapshot_s = 120.0
 
     def __init__(self, lab: Lab, group: Group, device: Path) -> None:
-        # Under TCG an lvcreate, which waits for udev, takes seconds.
-        self.config: Mapping[str, Any] = {"frozen_limit_s": 60}
+        self.config: Mapping[str, Any] = IN_A_VM
         self._group, self._device = group, device
         self.guest = lab.guest([DiskSpec(format="raw", device=device)])
         self._without = lab.folder("without")
