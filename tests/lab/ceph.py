@@ -224,6 +224,9 @@ class Ceph:
 
         wait_until("the cluster knows its room", counted, START_S, 0.5)
         end(mgr)
+        # The monitor shuts out a mgr that went, half a minute later: now, and not for a day.
+        self.ceph("mgr", "fail", "x")
+        self.ceph("osd", "blocklist", "clear")
 
     def fill(self, full: bool) -> None:
         """Let the osd believe that its disk is full, or no more, until all have heard of it."""

@@ -19,8 +19,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.lab import guestxml
 from tests.lab.deadline import LabError
-from tests.lab.guestxml import Agent
 from tests.lab.image import cached, locked
 from tests.lab.program import run
 from tests.lab.tsc import tsc_khz
@@ -41,10 +41,13 @@ def kernel_arguments(khz: int) -> str:
 
 
 @functools.cache
-def shape(disks: int, agent: Agent = "libvirt", arguments: str = "") -> str:
-    """The name of a shape: so many disks, and what the kernel is told besides."""
+def shape(disks: int, agent: guestxml.Agent = "libvirt", arguments: str = "") -> str:
+    """The name of a shape: so many disks, and what the kernel is told besides.
+
+    What is saved depends on QEMU's version, and on what else is in the definition.
+    """
     version = run("qemu-system-x86_64", "--version")
-    said = f"{version} {disks} {agent} {arguments}"
+    said = f"{version} {Path(guestxml.__file__).read_text()} {disks} {agent} {arguments}"
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -96,3 +99,4 @@ def _strip(saved: Path, to: Path) -> None:
             raise LabError(f"libvirt saves domains in another form: {magic!r} {version}")
         file.seek(_HEADER.size + length)
         shutil.copyfileobj(file, stream, 1 << 20)
+    saved.unlink()
