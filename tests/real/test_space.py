@@ -59,13 +59,13 @@ async def test_a_file_system_that_gets_full_is_warned_of_once(
     assert "bytes left" in message
     assert "/" not in message
     small.drain()
-    await looked_at(guest, lambda: "no more low-space" in lab.daemon.log)
+    await looked_at(guest, lambda: "no more low-space" in lab.daemon.log_of_this_life)
     assert len(warnings()) == 1  # although it was looked at again and again
     small.fill(leave=4 * MIB)
     await looked_at(guest, lambda: len(warnings()) == 2)
-    assert lab.daemon.log.count("CODE=low-space") == 3
+    assert lab.daemon.log_of_this_life.count("CODE=low-space") == 3
     small.drain()
-    await looked_at(guest, lambda: lab.daemon.log.count("no more low-space") == 2)
+    await looked_at(guest, lambda: lab.daemon.log_of_this_life.count("no more low-space") == 2)
     for created in (upper, lower):
         await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
     assert len(warnings()) == 2
