@@ -59,15 +59,20 @@ def holds(ceph: Ceph, tmp_path: Path, at: str = "") -> int:
 
 @contextmanager
 def reading(lab: Lab, image: str) -> Iterator[None]:
-    """A QEMU that has an image (or image@snapshot) open, to be read."""
+    """One more QEMU that has an image (or image@snapshot) open, to be read."""
+
+    def watchers() -> set[str]:
+        told = lab.ceph.rbd("status", f"vm/{image.partition('@')[0]}")
+        return {line for line in told.splitlines() if "watcher=" in line}
+
+    before = watchers()
     program = lab.run.start(
         "reader",
         ["qemu-storage-daemon", "--blockdev", _node(lab.ceph, image)],
         lab.run.folder / "reader.log",
     )
     try:
-        watchers = "status", f"vm/{image.partition('@')[0]}"
-        wait_until("it is open", lambda: "watcher=" in lab.ceph.rbd(*watchers), 20)
+        wait_until("it is open", lambda: bool(watchers() - before), 20)
         yield
     finally:
         program.signal(15)
@@ -227,14 +232,20 @@ def ceph_disk(ceph: Ceph, image: str, inside: str = "") -> DiskSpec:
     return DiskSpec("raw", source=ceph.source(image, inside=inside), type="network")
 
 
-async def test_a_running_guest_is_no_reader(lab: Lab, api: Api, ceph: Ceph) -> None:
+@pytest.fixture
+def running(lab: Lab, ceph: Ceph) -> Iterator[Guest]:
+    """A guest that runs on an image of its own."""
     guest = lab.guest([ceph.disk(image_name(new=True))])
-    made = await api.create(guest)
+    yield guest
+    guest.remove()
+
+
+async def test_a_running_guest_is_no_reader(lab: Lab, api: Api, ceph: Ceph, running: Guest) -> None:
+    made = await api.create(running)
     with reading(lab, image_name()):
         await refused(delete(api, made), "Busy")
     await delete(api, made)
     assert not snaps(ceph, image_name())
-    guest.remove()
 
 
 async def test_others_may_remove_it_and_foreign_ones_are_left_alone(
