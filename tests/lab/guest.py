@@ -25,7 +25,10 @@ BOOT_S = 90  # it takes 3 s; a machine with two cores and many guests takes its 
 
 
 class Guest:
-    """A guest of the lab, defined (persistent) in libvirt. `Lab.guest()` makes them."""
+    """A guest of the lab, defined (persistent) in libvirt. `Lab.guest()` makes them.
+
+    `warm` is the state that it is started from instead of being booted (warmstart.py), if any.
+    """
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Guest:
         self.agent = agent
         self.pause_us = pause_us
         self.control = Control(ports.control)
+        self.warm: Path | None = None
         self._hypervisor = hypervisor
 
     # From outside
@@ -63,17 +67,16 @@ class Guest:
         return next(disk for disk in self.disks if disk.target == target)
 
     def start(self, timeout: float = BOOT_S) -> None:
-        """Boot it, and wait until guestd and the agent answer."""
-        self.domain.create()
-        self.wait_up(timeout)
-
-    def restore(self, state: Path, timeout: float = BOOT_S) -> None:
-        """Start it from the state of another that waits for its disks (warmstart.py)."""
-        saved = self.ports.console.with_suffix(".saved")
-        warmstart.write_saved(state, self.domain.XMLDesc(INACTIVE), saved)
-        self._hypervisor.restore(saved)
-        saved.unlink()
-        self.control.send(str(self.pause_us))
+        """Boot it, as far as it has to be, and wait until guestd and the agent answer."""
+        if self.warm is None:
+            self.domain.create()
+        else:
+            saved = self.ports.console.with_suffix(".saved")
+            warmstart.write_saved(self.warm, self.domain.XMLDesc(INACTIVE), saved)
+            self._hypervisor.restore(saved)
+            saved.unlink()
+            self.control.close()  # whoever destroyed the one before may not have
+            self.control.send(str(self.pause_us))
         self.wait_up(timeout)
 
     def save(self, to: Path) -> None:
@@ -272,7 +275,8 @@ def make_guest(
     pause_us: int = PAUSE_US,
 ) -> Guest:
     """Make the disks, define the domain, and unless told otherwise start it: from the state of one
-    of its shape, where `devices` and `elements` don't say what a shape does not.
+    of its shape, where `devices` and `elements` don't say what a shape does not. One that is not
+    started here is booted by its start.
     """
     if any(spec.filesystem == "xfs" for spec in specs):
         kernel_arguments += " lab.xfs"
@@ -310,9 +314,7 @@ def make_guest(
     guest = defined(name, kernel_arguments)
     if start:
         shape = warmstart.shape(len(disks), agent, kernel_arguments)
-        state = None if devices or elements else warmstart.state(shape, save)
-        if state is None:
-            guest.start()
-        else:
-            guest.restore(state)
+        if not devices and not elements:
+            guest.warm = warmstart.state(shape, save)
+        guest.start()
     return guest

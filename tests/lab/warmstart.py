@@ -51,28 +51,28 @@ def shape(disks: int, agent: guestxml.Agent = "libvirt", arguments: str = "") ->
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def state(shape: str, save: Callable[[int], Path]) -> Path | None:
-    """The state of a guest of this shape; None: there is none, and none can be made here.
+def state(name: str, save: Callable[[int], Path]) -> Path | None:
+    """The state of a guest of the shape of this name; None: there is none, and can't be here.
 
     `save` is given the clock's frequency, and answers where libvirt has saved a domain.
     """
     folder, writable = cached()
-    if (found := find(shape)) or not writable:
+    if (found := find(name)) or not writable:
         return found
     with locked(folder / "lock"):
-        if found := find(shape):  # another run was faster
+        if found := find(name):  # another run was faster
             return found
         khz = _clock()
-        made, making = folder / f"state-{shape}-{khz}", folder / "state"
+        made, making = folder / f"state-{name}-{khz}", folder / "state"
         _strip(save(khz), making)
         making.rename(made)
     return made
 
 
-def find(shape: str) -> Path | None:
-    """The state of a guest of this shape, if there is one that was made on such a machine."""
+def find(name: str) -> Path | None:
+    """That state, if there is one that was made on such a machine."""
     folder, _ = cached()
-    for path in sorted(folder.glob(f"state-{shape}-*")):
+    for path in sorted(folder.glob(f"state-{name}-*")):
         if abs(_clock() / int(path.name.rpartition("-")[2]) - 1) < _SAME_CLOCK:
             return path
     return None
