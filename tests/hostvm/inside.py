@@ -31,3 +31,15 @@ def passes(vm: HostVm, *words: str, timeout: float, **env: str) -> None:
     assert done.returncode == 0, "see what is printed"
     assert re.search(r"\d+ passed", done.stdout)
     assert "skipped" not in done.stdout
+
+
+def conforms(vm: HostVm, storage: str, *more: str) -> None:
+    """The conformance suite passes on a storage, some of it; all of it, and on more, if asked."""
+    storages = ",".join([storage, *more] if ALL else [storage])
+    file = "tests/real/test_conformance.py"
+    passes(vm, file, *some(CONFORMANCE), timeout=LIMIT_S, SNAPD_VM_STORAGES=storages)
+
+
+def define(vm: HostVm, xml: str) -> None:
+    """Let the VM's own libvirtd have a domain."""
+    vm.check("virsh", "define", "/dev/stdin", stdin=xml.encode(), timeout=120)

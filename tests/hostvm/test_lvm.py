@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hostvm.inside import ALL, CONFORMANCE, LIMIT_S, passes, some
+from tests.hostvm.inside import LIMIT_S, conforms, passes, some
 from tests.lab.hostvm import HostVm
 
 WITHOUT_DAEMON = "told_what or overflows or gone_on"
@@ -29,6 +29,4 @@ def test_killed_at_its_steps(vm: HostVm) -> None:
 
 
 def test_the_conformance_suite(vm: HostVm) -> None:
-    storages = "lvm,lvm-thin" if ALL else "lvm"
-    file = "tests/real/test_conformance.py"
-    passes(vm, file, *some(CONFORMANCE), timeout=LIMIT_S, SNAPD_VM_STORAGES=storages)
+    conforms(vm, "lvm", "lvm-thin")

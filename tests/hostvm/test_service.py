@@ -14,7 +14,7 @@ import pytest
 
 from snapd_vm.engine.journal import Step
 from tests.hostvm.conftest import CONFIG
-from tests.hostvm.inside import passes
+from tests.hostvm.inside import define, passes
 from tests.lab.deadline import wait_until
 from tests.lab.hostvm import LAB, LIMIT_S, HostVm
 
@@ -47,8 +47,7 @@ def web(vm: HostVm) -> Iterator[None]:
     vm.check("qemu-img", "create", "-q", "-f", "qcow2", f"{IMAGES}/web.qcow2", "64M")
     vm.check("vgcreate", "-q", "-y", "snapd", "/dev/disk/by-id/virtio-data0")
     vm.check("lvcreate", "-q", "-n", "web", "-L", "64M", "snapd")
-    vm.run(["tee", "/root/web.xml"], stdin=WEB.encode())
-    vm.check("virsh", "define", "/root/web.xml")
+    define(vm, WEB)
     yield
     vm.check("systemctl", "disable", "--now", UNIT)
     vm.check("virsh", "undefine", "web")
@@ -80,7 +79,7 @@ def owned(vm: HostVm) -> bool:
 def drop_in(vm: HostVm, text: str) -> None:
     """Start it again with this added to its unit, until the next boot."""
     vm.check("mkdir", "-p", DROP_INS)
-    vm.run(["tee", f"{DROP_INS}/test.conf"], stdin=text.encode())
+    vm.check("tee", f"{DROP_INS}/test.conf", stdin=text.encode())
     vm.check("systemctl", "daemon-reload")
     vm.check("systemctl", "restart", UNIT)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from lxml import etree
 
-from tests.hostvm.inside import ALL, CONFORMANCE, LIMIT_S, passes, some
+from tests.hostvm.inside import LIMIT_S, conforms, define, passes
 from tests.lab.hostvm import HostVm
 
 DOMAIN = """<domain type='qemu'>
@@ -47,8 +47,7 @@ zfs list -H -t all -o name,userrefs > /root/before
 def pooled(vm: HostVm) -> Iterator[None]:
     """A domain that is off, with three disks on ZFS."""
     vm.check("bash", "-euc", SET_UP, timeout=120)
-    vm.run(["tee", "/root/pooled.xml"], stdin=DOMAIN.encode())
-    vm.check("virsh", "define", "/root/pooled.xml", timeout=120)
+    define(vm, DOMAIN)
     yield
     vm.check("virsh", "undefine", "pooled")
     vm.check("bash", "-euc", "umount /srv/shown; zpool destroy tank", timeout=120)
@@ -82,6 +81,4 @@ def test_on_real_pools(vm: HostVm) -> None:
 
 
 def test_the_conformance_suite(vm: HostVm) -> None:
-    storages = "zfs,zvol" if ALL else "zfs"
-    file = "tests/real/test_conformance.py"
-    passes(vm, file, *some(CONFORMANCE), timeout=LIMIT_S, SNAPD_VM_STORAGES=storages)
+    conforms(vm, "zfs", "zvol")

@@ -103,9 +103,9 @@ class HostVm:
         env = {**ENVIRONMENT, **(env or {})}
         return self._port.run(argv, env=env, cwd=cwd, timeout=timeout, stdin=stdin, output=output)
 
-    def check(self, *argv: str, timeout: float = LIMIT_S) -> str:
+    def check(self, *argv: str, timeout: float = LIMIT_S, stdin: bytes = b"") -> str:
         """Run a program that has to succeed, and hand back what it printed."""
-        done = self.run(argv, timeout=timeout)
+        done = self.run(argv, timeout=timeout, stdin=stdin)
         if done.returncode:
             said = f"{done.stdout}{done.stderr}".strip()[-4000:]
             raise LabError(f"{' '.join(argv)}: exit status {done.returncode} in the VM: {said}")
