@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lxml import etree
+
 from snapd_vm import storage
-from snapd_vm.errors import Busy, MethodNotSupported, NotUnderDisk
+from snapd_vm.errors import Busy, MethodNotSupported, NotUnderDisk, StorageFailed
 from snapd_vm.methods import chain
 from snapd_vm.methods.image import number
 from snapd_vm.model import Disk, Domain, Json, Tag
@@ -71,6 +74,19 @@ def identified(image: str, identity: FileId) -> dict[str, Json]:
         "image_inode": identity.inode,
         "held": identity.inode,
     }
+
+
+def with_source(disk: Disk, path: str, *, device: bool = False) -> Disk:
+    """The disk with a file or device in the snapshot for its source. Raises StorageFailed."""
+    kind, attribute = ("block", "dev") if device else ("file", "file")
+    try:
+        source = etree.Element("source", {attribute: path})
+    except ValueError:  # where a symlink leads to, libvirt has not looked at
+        raise StorageFailed(
+            "The path of the image behind a symlink has characters that XML can't hold."
+        ) from None
+    xml = etree.tostring(source, encoding="unicode")
+    return dataclasses.replace(disk, type=kind, path=path, source_xml=xml)
 
 
 RAW = ("raw",)

@@ -16,11 +16,9 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-from lxml import etree
-
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
-from snapd_vm.methods import chain, clone, cloneback
+from snapd_vm.methods import chain, clone, cloneback, taken
 from snapd_vm.methods.btrfs import snapshotfolder, subvolume, subvolumeclaim
 from snapd_vm.methods.btrfs.subvolumetarget import SubvolumeTarget
 from snapd_vm.methods.folder import low_space, open_folder, refuse_reader
@@ -72,13 +70,7 @@ class Btrfs:
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The same file inside the snapshot."""
         one = SubvolumeTarget.of(target)
-        try:
-            source = etree.tostring(etree.Element("source", file=one.file), encoding="unicode")
-        except ValueError:  # where a symlink leads to, libvirt has not looked at
-            raise StorageFailed(
-                "The path of the image behind a symlink has characters that XML can't hold."
-            ) from None
-        return dataclasses.replace(disk, type="file", path=one.file, source_xml=source), one.format
+        return taken.with_source(disk, one.file), one.format
 
     def size(self, target: Target) -> int:
         """The disk's size, as QEMU sees it."""

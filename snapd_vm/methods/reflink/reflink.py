@@ -16,8 +16,6 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lxml import etree
-
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import clone, cloneback, overlay, taken
@@ -76,31 +74,16 @@ class Reflink:
             return None
         if request is None and not clone.is_possible(os.path.dirname(image)):
             return None
-        return Target(
-            method=self.name,
-            disk=disk.target,
-            data={
-                "snapshot": tag.uuid,
-                "domain": domain.uuid,
-                "active": domain.active,
-                "declared": disk.path,
-                "image": image,
-                "image_device": identity.device,
-                "image_inode": identity.inode,
-                "clone": os.path.join(os.path.dirname(image), tag.storage_name),
-            },
-        )
+        data = {
+            **taken.described(domain, disk, tag),
+            **taken.identified(image, identity),
+            "clone": os.path.join(os.path.dirname(image), tag.storage_name),
+        }
+        return Target(method=self.name, disk=disk.target, data=data)
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The clone."""
-        path = CloneTarget.of(target).path
-        try:
-            source = etree.tostring(etree.Element("source", file=path), encoding="unicode")
-        except ValueError:  # where a symlink leads to, libvirt has not looked at
-            raise StorageFailed(
-                "The path of the image behind a symlink has characters that XML can't hold."
-            ) from None
-        return dataclasses.replace(disk, type="file", path=path, source_xml=source), "raw"
+        return taken.with_source(disk, CloneTarget.of(target).path), "raw"
 
     def size(self, target: Target) -> int:
         """The file's size, as QEMU sees it."""

@@ -21,11 +21,9 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from lxml import etree
-
 from snapd_vm import command, storage
 from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
-from snapd_vm.methods import chain
+from snapd_vm.methods import chain, taken
 from snapd_vm.methods.folder import low_space
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
 from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsrevert, zfsstray, zfsview
@@ -81,15 +79,7 @@ class Zfs:
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The same file inside the snapshot, or the clone's device."""
         one = ZfsTarget.of(target)
-        kind, attribute = ("block", "dev") if one.is_volume else ("file", "file")
-        try:
-            element = etree.Element("source", {attribute: one.path})
-        except ValueError:  # where a symlink leads to, libvirt has not looked at
-            raise StorageFailed(
-                "The path of the image behind a symlink has characters that XML can't hold."
-            ) from None
-        xml = etree.tostring(element, encoding="unicode")
-        return dataclasses.replace(disk, type=kind, path=one.path, source_xml=xml), one.format
+        return taken.with_source(disk, one.path, device=one.is_volume), one.format
 
     def size(self, target: Target) -> int:
         """The disk's size, as QEMU sees it."""
