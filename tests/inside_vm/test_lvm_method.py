@@ -58,6 +58,9 @@ class OneDomain:
     def start(self) -> None:
         self.domain = dataclasses.replace(self.domain, id=1, state="running")
 
+    def stop(self) -> None:
+        self.domain = dataclasses.replace(self.domain, id=-1, state="shutoff")
+
 
 class Watcher:
     """Somebody who lets all happen."""
@@ -171,6 +174,15 @@ def test_the_kernel_is_told_what_a_snapshot_will_need(group: Group, folder: Path
     assert not module.exists()
     taken.prepare()
     assert module.exists()
+    taken.method.create([taken.target], taken.tag)
+    run("vgchange", "-q", "-an", group.name)  # and somebody has it active again, but for ours
+    run("modprobe", "-r", module.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lvmvolumes, "activate", lambda *_: None)  # lvchange calls modprobe itself
+        taken.method.show(taken.target)
+    assert module.exists()
+    run("vgchange", "-q", "-ay", group.name)
+    taken.delete()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,20 +338,55 @@ def test_a_thin_revert_that_is_cut_off(group: Group, folder: Path, pieces: int) 
 
 def test_a_thick_revert_that_is_cut_off_is_gone_on_with(group: Group, folder: Path) -> None:
     device = group.device("thick")
-    fill(device, 4)
+    fill(device, 12)
     taken, wanted = Taken(folder, "block", device).take(), read(device)
-    fill(device, 4)
-    was = read(device)
+    fill(device, 12)
     taken.begin_revert()
-    assert taken.method.settle_revert(taken.target, taken.tag) is False  # nothing was written
-    assert read(device) == was
-    with device.open("r+b") as file:  # a half of it
-        file.write(wanted[: 2 * MIB])
-    assert taken.another().settle_revert(taken.target, taken.tag) is True
-    assert read(device) == wanted == taken.contents()
+
+    class Killed(BaseException):
+        """As if the daemon was."""
+
+    real = os.pwrite
+
+    def write(fd: int, data: bytes, at: int) -> int:
+        if at >= 8 * MIB:
+            raise Killed
+        return real(fd, data, at)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "pwrite", write)
+        taken.method.revert(taken.target, taken.tag, Watcher())
+    assert wanted[: 8 * MIB] == read(device)[: 8 * MIB]
+    assert wanted != read(device)
     taken.hypervisor.start()
     with pytest.raises(Busy, match="half reverted"):
         taken.another().settle_revert(taken.target, taken.tag)
+    taken.hypervisor.stop()
+    assert taken.another().settle_revert(taken.target, taken.tag) is True
+    assert read(device) == wanted == taken.contents()
+    assert "snapd-vm.revert" not in group.volumes()[device.name]["lv_tags"]
+    taken.delete()
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_what_was_written_before_or_after_a_thick_revert_that_was_cut_off_stays(
+    group: Group, folder: Path, done: bool
+) -> None:
+    """As by a guest that was started after the daemon was killed, and is off again."""
+    device = group.device("thick")
+    fill(device, 2)
+    taken = Taken(folder, "block", device).take()
+    fill(device, 2)
+    taken.begin_revert()
+    if done:
+        taken.method.revert(taken.target, taken.tag, Watcher())
+    fill(device, 2, 1)
+    was = read(device)
+    assert taken.another().settle_revert(taken.target, taken.tag) is done
+    assert read(device) == was
+    assert "snapd-vm.revert" not in group.volumes()[device.name]["lv_tags"]
+    taken.revert()
+    assert read(device) == taken.contents()
     taken.delete()
 
 

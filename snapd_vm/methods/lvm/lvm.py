@@ -19,8 +19,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from lxml import etree
-
 from snapd_vm import mounts, storage
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import (
@@ -116,14 +114,7 @@ class Lvm:
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The snapshot's device, or the file in its file system."""
         one = LvmTarget.of(target)
-        kind, key = ("file", "file") if one.mount else ("block", "dev")
-        try:
-            source = etree.tostring(etree.Element("source", {key: one.file}), encoding="unicode")
-        except ValueError:  # where a symlink leads to, libvirt has not looked at
-            raise StorageFailed(
-                "The path of the image behind a symlink has characters that XML can't hold."
-            ) from None
-        return dataclasses.replace(disk, type=kind, path=one.file, source_xml=source), one.format
+        return taken.with_source(disk, one.file, device=not one.mount), one.format
 
     def size(self, target: Target) -> int:
         """The disk's size, as QEMU sees it."""
@@ -184,8 +175,8 @@ class Lvm:
             data: dict[str, Json] = {**target.data, "room": 0 if one.thin else room.needed}
             prepared.append(dataclasses.replace(target, data=data))
             self._unasked.add(one.snapshot)
-            if not one.thin:  # of a thin one the pool uses it already
-                devicemapper.load_target("snapshot")
+        if not all(LvmTarget.of(one).thin for one in targets):  # the pool uses what a thin one does
+            devicemapper.load_target("snapshot")
         record(prepared)
         for target in prepared:
             lvmfile.write_out(self._hypervisor, LvmTarget.of(target))
@@ -270,6 +261,7 @@ class Lvm:
         """See Shows: active, and its file system mounted, again after the host's start."""
         one = LvmTarget.of(target)
         if devicemapper.device_number(one.device) is None:
+            devicemapper.load_target("thin-pool" if one.thin else "snapshot")
             lvmvolumes.activate(one.vg, one.name)
         if one.mount:
             lvmmount.mount(one)

@@ -6,8 +6,9 @@ the disk is put back then.
 
 Thick: what differs is copied from the snapshot over the volume. (lvm's own merge would use up the
 snapshot.) What differs was overwritten since, so that the snapshot, and older ones, hold it already
-and don't grow; newer ones do. A copy that was begun is gone on with until it is done, as the disk
-is neither the one nor the other then; it does not matter how often.
+and don't grow; newer ones do. The volume has a tag from before the first byte on, and another one
+from after the last: a copy that was begun is gone on with until it is done, as the disk is neither
+the one nor the other then; one that was not begun, or is done, may have been written to since.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from enum import Enum, auto
 from typing import Protocol
 
 from snapd_vm import storage
@@ -51,20 +51,11 @@ class Hypervisor(off.Hypervisor, Protocol):
     def user_of(self, path: str, uuid: str, target: str) -> str: ...
 
 
-class _Come(Enum):
-    """How far a copy has come in this life of the daemon."""
-
-    NOT_BEGUN = auto()
-    BEGUN = auto()
-    DONE = auto()
-
-
 class VolumeRevert:
     """See the top of the file, and Reverts."""
 
     def __init__(self, hypervisor: Hypervisor) -> None:
         self._hypervisor = hypervisor
-        self._come: dict[str, _Come] = {}
 
     def check(self, target: Target) -> Target:
         """See Reverts.check_revert."""
@@ -100,7 +91,6 @@ class VolumeRevert:
         one = LvmTarget.of(target)
         plan: dict[str, Json] = {**revert_of(target), "armed": True}
         target = dataclasses.replace(target, data={**target.data, "revert": plan})
-        self._come[one.snapshot] = _Come.NOT_BEGUN
         record([target])
         if one.thin:
             origin = _named(lvmvolumes.report(one.vg), one.lv)
@@ -118,7 +108,7 @@ class VolumeRevert:
             lvmvolumes.rename(one.vg, one.lv, _kept(one))
             lvmvolumes.rename(one.vg, _draft(one), one.lv)
         else:
-            self._copy(target, one, watch)
+            self._copy(one, watch)
 
     def settle(self, target: Target) -> bool:
         """See Reverts.settle_revert."""
@@ -127,8 +117,16 @@ class VolumeRevert:
             return False
         if one.thin:
             return self._settle_thin(one, str(revert_of(target)["discarded"]))
-        come = self._come.pop(one.snapshot, _Come.BEGUN)
-        if come is _Come.BEGUN:
+        return self._settle_thick(target, one)
+
+    def _settle_thick(self, target: Target, one: LvmTarget) -> bool:
+        origin = _named(lvmvolumes.report(one.vg), one.lv)
+        if origin is None:
+            raise StorageFailed(f"The logical volume {one.origin} is not there any more.")
+        done = lvmtags.reverted(one.snapshot)
+        if done not in origin.tags:
+            if lvmtags.reverting(one.snapshot) not in origin.tags:
+                return False
             domain = self._domain(one)
             if domain is not None and domain.active:
                 raise Busy(
@@ -136,10 +134,9 @@ class VolumeRevert:
                     "reverted; shut it off, and the revert goes on."
                 )
             log.info("the revert of %s to %s is gone on with", one.origin, one.name)
-            self._copy(target, one, None)
-            self._come.pop(one.snapshot)
-            return True
-        return come is _Come.DONE
+            self._copy(one, None, begun=True)
+        lvmvolumes.retag(one.vg, one.lv, remove=done)
+        return True
 
     def _settle_thin(self, one: LvmTarget, discarded: str) -> bool:
         lvmvolumes.wait(one.vg, _draft(one))
@@ -180,7 +177,7 @@ class VolumeRevert:
             if old.name == _kept(one):  # else somebody wants to keep it
                 lvmvolumes.remove(old)
         if copy is not None and copy.name == one.lv:
-            lvmvolumes.untag(one.vg, one.lv, tag)
+            lvmvolumes.retag(one.vg, one.lv, remove=tag)
         return True
 
     def _check_domain(self, target: Target, one: LvmTarget) -> None:
@@ -214,7 +211,8 @@ class VolumeRevert:
         except NoSuchDomain:
             return None
 
-    def _copy(self, target: Target, one: LvmTarget, watch: Watch | None) -> None:
+    def _copy(self, one: LvmTarget, watch: Watch | None, *, begun: bool = False) -> None:
+        tag = lvmtags.reverting(one.snapshot)
         source, origin = _open(one.device, os.O_RDONLY), -1
         try:
             # Nobody may mount it, or use it below something else, meanwhile; open(2), O_EXCL.
@@ -232,7 +230,9 @@ class VolumeRevert:
                             "shut it off, and the revert goes on."
                         )
                 for place, data in differing(source, origin, at):
-                    self._come[one.snapshot] = _Come.BEGUN
+                    if not begun:
+                        lvmvolumes.retag(one.vg, one.lv, add=tag)
+                        begun = True
                     written += os.pwrite(origin, data, place)
             os.fsync(origin)
         except OSError as error:
@@ -243,7 +243,7 @@ class VolumeRevert:
             for fd in (source, origin):
                 if fd != -1:
                     os.close(fd)
-        self._come[one.snapshot] = _Come.DONE
+        lvmvolumes.retag(one.vg, one.lv, add=lvmtags.reverted(one.snapshot), remove=tag)
         log.info("wrote %d bytes of %s to %s", written, one.name, one.origin)
 
 

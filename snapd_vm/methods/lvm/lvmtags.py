@@ -38,8 +38,13 @@ def made(snapshot: str, tag: Tag) -> list[str]:
 
 
 def reverting(snapshot: str) -> str:
-    """The tag of what takes a disk's place in a revert to this snapshot."""
+    """The tag of what takes a disk's place in a revert to this snapshot, or is overwritten."""
     return f"{_PREFIX}revert={snapshot}"
+
+
+def reverted(snapshot: str) -> str:
+    """The tag of a disk that a revert to this snapshot has overwritten."""
+    return f"{_PREFIX}reverted={snapshot}"
 
 
 def is_ours(tag: str) -> bool:

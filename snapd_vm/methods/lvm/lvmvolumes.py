@@ -237,9 +237,13 @@ def refresh(vg: str, name: str) -> None:
     log.warning("logical volume %s/%s stood still, and goes on", vg, name)
 
 
-def untag(vg: str, name: str, tag: str) -> None:
-    """Raises StorageFailed."""
-    _run([*_words("lvchange"), "--deltag", tag, "--", f"{vg}/{name}"], _LIMIT_S)
+def retag(vg: str, name: str, *, add: str = "", remove: str = "") -> None:
+    """Add a tag and remove one, at once; that it has the one, or not the other, does not matter.
+
+    Raises StorageFailed.
+    """
+    words = [*(["--addtag", add] if add else []), *(["--deltag", remove] if remove else [])]
+    _run([*_words("lvchange"), *words, "--", f"{vg}/{name}"], _LIMIT_S)
 
 
 def reason(stderr: str) -> str:
