@@ -220,6 +220,36 @@ async def test_a_volume(api: Api, places: Places, pool: Pool) -> None:
     assert pool.everything() == before
 
 
+RULES = Path("/run/udev/rules.d/61-away.rules")  # after the one that gives volumes their names
+AWAY = Path("/run/away")
+RULE = f"""KERNEL!="zd*", GOTO="end"
+ACTION=="add", RUN+="/bin/sh -c 'echo change > /sys%p/uevent; echo change > /sys%p/uevent'"
+ACTION=="change", TEST=="{AWAY}", SYMLINK="", RUN+="/bin/sh -c 'sleep 2; rm {AWAY}'"
+LABEL="end"
+"""
+
+
+async def test_a_device_is_handed_out_once_udev_has_done_with_it(
+    api: Api, places: Places, pool: Pool
+) -> None:
+    """Its name goes again after it has come, and is given back, as it happens on a busy host."""
+    _, device = volume(pool)
+    guest = await guest_on(api, places, device)
+    RULES.parent.mkdir(exist_ok=True)
+    RULES.write_text(RULE)
+    AWAY.touch()
+    try:
+        run("udevadm", "control", "--reload")
+        created = await api.create(guest)
+        assert not AWAY.exists()
+        assert Path(created.file).exists()
+    finally:
+        RULES.unlink()
+        run("udevadm", "control", "--reload")
+        AWAY.unlink(missing_ok=True)
+    await delete(api, created)
+
+
 async def test_a_set_is_one_command_and_shares_what_is_in_one_dataset(
     api: Api, places: Places, pool: Pool
 ) -> None:

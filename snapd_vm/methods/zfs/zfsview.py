@@ -14,7 +14,7 @@ import logging
 import os
 import time
 
-from snapd_vm import mounts, storage
+from snapd_vm import command, mounts, storage
 from snapd_vm.errors import Busy, NameInUse, StorageFailed, TimedOut
 from snapd_vm.methods import hostmount
 from snapd_vm.methods.zfs import zfsdataset, zfsplace
@@ -23,6 +23,7 @@ from snapd_vm.methods.zfs.zfstarget import ZfsTarget, device_of
 log = logging.getLogger(__name__)
 
 _DEVICE_S = 15.0
+_SETTLE_S = 5
 _BUSY_S = 5.0
 
 
@@ -108,14 +109,26 @@ def destroy(name: str) -> bool:
 
 
 def _show_volume(one: ZfsTarget) -> None:
-    if device(one) is None:
-        try:
-            zfsdataset.clone(one.full, one.clone)
-            log.info("made the clone %s", one.clone)
-        except NameInUse:
-            if not zfsdataset.is_clone(one.clone, one.full):
-                raise
+    if device(one) is not None:
+        return
+    try:
+        zfsdataset.clone(one.full, one.clone)
+        log.info("made the clone %s", one.clone)
+    except NameInUse:
+        if not zfsdataset.is_clone(one.clone, one.full):
+            raise
     deadline = time.monotonic() + _DEVICE_S
+    _wait_for_device(one, deadline)
+    # What else has happened to the new device, udev is at still, and may take its name away for it,
+    # and give it again: zvol_id fails while the kernel is busy with the pool.
+    try:
+        command.run(["udevadm", "settle", f"--timeout={_SETTLE_S}"], timeout=_SETTLE_S + 1.0)
+    except command.CommandError as error:
+        log.debug("udev is not waited for: %s", error)
+    _wait_for_device(one, deadline)
+
+
+def _wait_for_device(one: ZfsTarget, deadline: float) -> None:
     while device(one) is None:
         if time.monotonic() > deadline:
             raise TimedOut(
