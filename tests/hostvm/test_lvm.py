@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hostvm.inside import LIMIT_S, conforms, passes, some
+from tests.hostvm.inside import LIMIT_S, conforms, passes, some, stands_anything
 from tests.lab.hostvm import HostVm
 
 WITHOUT_DAEMON = "told_what or overflows or gone_on"
@@ -30,3 +30,8 @@ def test_killed_at_its_steps(vm: HostVm) -> None:
 
 def test_the_conformance_suite(vm: HostVm) -> None:
     conforms(vm, "lvm", "lvm-thin")
+
+
+@pytest.mark.thorough
+def test_anything_in_any_order(vm: HostVm) -> None:
+    stands_anything(vm, "lvm", "lvm-thin")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from lxml import etree
 
-from tests.hostvm.inside import LIMIT_S, conforms, define, passes
+from tests.hostvm.inside import LIMIT_S, conforms, define, passes, stands_anything
 from tests.lab.hostvm import HostVm
 
 DOMAIN = """<domain type='qemu'>
@@ -82,3 +82,8 @@ def test_on_real_pools(vm: HostVm) -> None:
 
 def test_the_conformance_suite(vm: HostVm) -> None:
     conforms(vm, "zfs", "zvol")
+
+
+@pytest.mark.thorough
+def test_anything_in_any_order(vm: HostVm) -> None:
+    stands_anything(vm, "zfs", "zvol")

@@ -28,7 +28,7 @@ from tests.lab.zpool import Pool, make_pool
 from tests.real import images
 from tests.real.api import Created
 from tests.real.arrays import Array, Plugin
-from tests.real.places import image
+from tests.real.places import file_of, image
 
 # Under TCG an lvcreate, which waits for udev, takes seconds, and so does a guest's agent.
 IN_A_VM = {"agent_timeout_s": 60, "freeze_timeout_s": 60, "frozen_limit_s": 60}
@@ -40,7 +40,8 @@ class Storage(Protocol):
     `method` takes that disk by default; `format` is that of the backup source. `config` is what the
     daemon is to be told for it. `snapshot_s` bounds a Create from its call to its answer, in
     seconds: a guest inside a host's VM is slow. One whose method is no default has `xml` to ask for
-    it, and `env` is the environment that its daemon needs; see `xml_of` and `env_of`.
+    it, and `env` is the environment that its daemon needs; see `xml_of` and `env_of`, and
+    `takes_back_only_newest`.
     """
 
     method: str
@@ -54,6 +55,9 @@ class Storage(Protocol):
 
     def raw(self, created: Created, to: Path) -> Path:
         """The immutable view as a raw file at `to`, read as a backup program would."""
+
+    def present(self, to: Path) -> Path:
+        """What the disk of the guest, which is off, holds now, as a raw file at `to`."""
 
     def foreign(self) -> AbstractContextManager[None]:
         """Somebody else's snapshot of the disk, as much like ours as it can be.
@@ -83,13 +87,31 @@ def xml_of(storage: Storage) -> str:
     return str(getattr(storage, "xml", ""))
 
 
+def takes_back_only_newest(storage: Storage) -> bool:
+    """Whether a revert is refused where there are newer snapshots."""
+    return bool(getattr(storage, "only_newest", False))
+
+
 def env_of(storage: Storage) -> Mapping[str, str]:
     """What the environment of its daemon has besides."""
     found: Mapping[str, str] = getattr(storage, "env", {})
     return found
 
 
-class Copies:
+class OnHost:
+    """One of which disk and backup source are files or devices of the host, the disk a raw one."""
+
+    guest: Guest
+    _disk_format = "raw"
+
+    def raw(self, created: Created, to: Path) -> Path:
+        return images.raw_copy(created.file, created.ours("format"), to)
+
+    def present(self, to: Path) -> Path:
+        return images.raw_copy(file_of(self.guest), self._disk_format, to)
+
+
+class Copies(OnHost):
     """A method from outside, which has to be asked for, and copies raw files into a folder."""
 
     format = "raw"
@@ -100,13 +122,11 @@ class Copies:
         self.config: Mapping[str, Any] = made.config
         self.env: Mapping[str, str] = made.env
         self._mounted, self._made = mounted, made
-        self.guest = lab.guest([DiskSpec(format="raw", folder=lab.folder(f"for-{made.name}"))])
+        self._folder = lab.folder(f"for-{made.name}")
+        self.guest = lab.guest([DiskSpec(format="raw", folder=self._folder)])
 
     def contents(self) -> Collection[str]:
-        return files_in(self._mounted.path)
-
-    def raw(self, created: Created, to: Path) -> Path:
-        return images.raw_copy(created.file, "raw", to)
+        return files_in(self._mounted.path) | files_in(self._folder)
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -131,11 +151,12 @@ class Copies:
         return None
 
 
-class Overlays:
+class Overlays(OnHost):
     """Method qemu: a qcow2 image in a small file system of its own."""
 
     method, format = "qemu", "qcow2"
     snapshot_s = 20.0
+    _disk_format = "qcow2"
 
     def __init__(self, lab: Lab, mounted: Mounted) -> None:
         self.config: Mapping[str, Any] = {}
@@ -145,9 +166,6 @@ class Overlays:
 
     def contents(self) -> Collection[str]:
         return files_in(self._mounted.path)
-
-    def raw(self, created: Created, to: Path) -> Path:
-        return images.raw_copy(created.file, created.ours("format"), to)
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -169,7 +187,7 @@ class Overlays:
         return None
 
 
-class Clones:
+class Clones(OnHost):
     """Method reflink: a raw image on XFS."""
 
     method, format = "reflink", "raw"
@@ -182,9 +200,6 @@ class Clones:
 
     def contents(self) -> Collection[str]:
         return files_in(self._mounted.path)
-
-    def raw(self, created: Created, to: Path) -> Path:
-        return images.raw_copy(created.file, "raw", to)
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -207,7 +222,7 @@ class Clones:
         return None
 
 
-class Subvolumes:
+class Subvolumes(OnHost):
     """Method btrfs: a raw image in a subvolume."""
 
     method, format = "btrfs", "raw"
@@ -223,11 +238,9 @@ class Subvolumes:
 
     def contents(self) -> Collection[str]:
         listed = run("btrfs", "subvolume", "list", "-o", "-a", self._mounted.path).splitlines()
-        places = self._subvolume.glob(".snapd-vm/**")
-        return {line.rpartition(" path ")[2] for line in listed} | {str(path) for path in places}
-
-    def raw(self, created: Created, to: Path) -> Path:
-        return images.raw_copy(created.file, "raw", to)
+        patterns = ("*", ".snapd-vm/*", ".snapd-vm/*/*")
+        there = {str(path) for pattern in patterns for path in self._subvolume.glob(pattern)}
+        return there | {line.rpartition(" path ")[2] for line in listed}
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -271,7 +284,7 @@ class Subvolumes:
         return {"PYTHONPATH": str(self._without)}
 
 
-class Datasets:
+class Datasets(OnHost):
     """Method zfs: a raw image in a dataset, or on a volume. Only where the kernel has ZFS."""
 
     method, format = "zfs", "raw"
@@ -281,6 +294,7 @@ class Datasets:
         self.config: Mapping[str, Any] = IN_A_VM
         self._pool = pool
         self._area = f"{pool.name}/area"
+        self.only_newest = volume  # what `zfs rollback` can
         pool.dataset("area")
         if volume:
             self._disk = f"{self._area}/vm"
@@ -293,9 +307,6 @@ class Datasets:
 
     def contents(self) -> Collection[str]:
         return self._pool.everything()
-
-    def raw(self, created: Created, to: Path) -> Path:
-        return images.raw_copy(created.file, "raw", to)
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -360,6 +371,10 @@ class ClusterImages:
         to.unlink(missing_ok=True)
         return self._ceph.read(f"conformance@{snapshot.get('name')}", to)
 
+    def present(self, to: Path) -> Path:
+        to.unlink(missing_ok=True)
+        return self._ceph.read("conformance", to)
+
     @contextmanager
     def foreign(self) -> Iterator[None]:
         with self._another(NOT_OURS):
@@ -394,7 +409,7 @@ class ClusterImages:
         return {"PYTHONPATH": str(self._without)}
 
 
-class Volumes:
+class Volumes(OnHost):
     """Method lvm: a raw disk on a logical volume, thick or thin; the host needs device mapper."""
 
     method, format = "lvm", "raw"
@@ -408,9 +423,6 @@ class Volumes:
 
     def contents(self) -> Collection[str]:
         return self._group.contents()
-
-    def raw(self, created: Created, to: Path) -> Path:
-        return images.raw_copy(created.file, "raw", to)
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -462,7 +474,7 @@ class Volumes:
 
 
 def _array(lab: Lab, mounted: Mounted) -> Storage:
-    return Copies(lab, mounted, Array.install(lab, mounted.path / "copies"))
+    return Copies(lab, mounted, Array.install(lab, mounted.path / "copies", reverts=True))
 
 
 def _plugin(lab: Lab, mounted: Mounted) -> Storage:
