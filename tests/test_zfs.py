@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsplace, zfstags
+from snapd_vm.methods.zfs.zfs import Zfs
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget, device_of
 from snapd_vm.model import Disk, Domain, Json, Tag, Target
 from snapd_vm.mounts import Mount
@@ -310,3 +312,43 @@ def test_a_target_is_what_it_was_as_json() -> None:
     assert (one.full, one.path) == (f"t/v@snapd-vm-{UUID}", "/t/.zfs/snapshot/x/c/b")
     volume = ZfsTarget.of(Target("zfs", "vda", {**data, "clone": "t/x", "shared": True}))
     assert (volume.is_volume, volume.path, volume.shared) == (True, "/dev/zvol/t/x", True)
+
+
+# -- what is there -------------------------------------------------------------------------------
+
+
+def test_the_snapshots_of_a_dataset_are_looked_at_by_one_program(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "table", tuple)
+    uuids = [f"{number}b4e28ba-2fa1-11d2-883f-0016d3cca427" for number in range(5)]
+    rows = [f"tank/vm@s{uuid}\torg.snapd-vm:snapshots\tvda={uuid}\tlocal\n" for uuid in uuids]
+    programs.answer = "".join(rows)
+    hypervisor: Any = None
+    method = Zfs(hypervisor, 5, 10)
+    targets = [snapshot_of("tank/vm", uuid) for uuid in uuids]
+    assert [method.standing(target, {}).state for target in targets] == ["ready"] * 5
+    assert len(programs.ran) == 1
+    programs.answer = CommandError("", "cannot open 'tank/vm': dataset does not exist")
+    gone = snapshot_of("tank/vm", OTHER.replace("2", "9"))
+    assert method.standing(gone, {}).state == "missing"  # and that is asked for anew
+    assert len(programs.ran) == 2
+
+
+def snapshot_of(dataset: str, uuid: str) -> Target:
+    """The Target of a file there."""
+    data: dict[str, Json] = {
+        "snapshot": uuid,
+        "domain": OTHER,
+        "active": False,
+        "declared": "/vm/a",
+        "format": "raw",
+        "dataset": dataset,
+        "name": f"s{uuid}",
+        "root": "/vm",
+        "inside": "a",
+        "clone": "",
+        "folder": f"/vm/.zfs/snapshot/s{uuid}",
+        "mounted": False,
+    }
+    return Target("zfs", "vda", data)

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
-import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from snapd_vm import mounts, storage
@@ -44,6 +41,7 @@ from snapd_vm.methods.lvm import (
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.methods.lvm.lvmvolumes import Lv
 from snapd_vm.methods.method import Record, Standing, Stored, Watch
+from snapd_vm.methods.recent import JUST_NOW_S, Recent
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
 log = logging.getLogger(__name__)
@@ -53,20 +51,8 @@ _CREATE_S = 60.0
 waits for udev several times, which may be slow; without that (--noudevsync) it fails for thick
 snapshots, as it finds no device to clear.
 """
-_JUST_NOW_S = 1.0
-"""For so long a report that shows a snapshot in order is taken for what is: one for all of them."""
 _FRESH_S = 5.0
 """For so long a report is taken for what is there, where it is only for warnings."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Recent:
-    """A report of a group, when it was ended (time.monotonic()), and what failed of it."""
-
-    at: float = -math.inf
-    lvs: Sequence[Lv] = ()
-    error: StorageFailed | None = None
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 class Lvm:
@@ -88,8 +74,7 @@ class Lvm:
         self._low_space_percent = low_space_percent
         self._revert = lvmrevert.VolumeRevert(hypervisor)
         self._unasked: set[str] = set()  # snapshots that lvcreate was certainly not asked for
-        self._reports: dict[str, _Recent] = {}
-        self._reporting = threading.Lock()
+        self._reports = Recent(lvmvolumes.report)
 
     def together(self, targets: Sequence[Target]) -> bool:
         """lvm takes one volume after the other."""
@@ -321,7 +306,7 @@ class Lvm:
         """See Explains. A snapshot stands by itself, whatever becomes of its domain."""
         one = LvmTarget.of(target)
         try:
-            standing = self._standing(one, self._recent(one.vg, _JUST_NOW_S))
+            standing = self._standing(one, self._reports.get(one.vg, JUST_NOW_S))
             if standing.state == "ready":
                 return standing
             return self._standing(one, lvmvolumes.report(one.vg))  # nobody is told of what was
@@ -364,7 +349,7 @@ class Lvm:
     def warnings(self, target: Target, domains: Mapping[str, Domain]) -> Mapping[str, str]:
         """See Warns: a thick snapshot that is full is lost, and with a pool all its volumes."""
         one = LvmTarget.of(target)
-        lvs = self._recent(one.vg, _FRESH_S)
+        lvs = self._reports.get(one.vg, _FRESH_S)
         found = next((lv for lv in lvs if lv.name == one.name), None)
         if found is None:
             return {}
@@ -387,24 +372,3 @@ class Lvm:
             f"{fullest:.0f} %, and the guest gets errors or stops when it is full; extend it, or "
             "delete snapshots."
         }
-
-    def _recent(self, vg: str, within_s: float) -> Sequence[Lv]:
-        """A report that may be so many seconds old, for all snapshots of a group.
-
-        Only one thread asks at a time; raises StorageFailed, for all who have waited meanwhile.
-        """
-        asked = time.monotonic()
-        with self._reporting:
-            recent = self._reports.setdefault(vg, _Recent())
-        with recent.lock:
-            if recent.error is not None and recent.at >= asked:
-                raise recent.error
-            if recent.error is not None or recent.at < asked - within_s:
-                try:
-                    recent.lvs, recent.error = lvmvolumes.report(vg), None
-                except StorageFailed as error:
-                    recent.error = error
-                    raise
-                finally:
-                    recent.at = time.monotonic()
-            return recent.lvs

@@ -26,6 +26,7 @@ from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
 from snapd_vm.methods import chain, taken
 from snapd_vm.methods.folder import low_space
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
+from snapd_vm.methods.recent import JUST_NOW_S, Recent
 from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsrevert, zfsstray, zfsview
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
@@ -33,6 +34,7 @@ from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 log = logging.getLogger(__name__)
 
 _ROOM_S = 30.0
+"""For so long a room is taken for what is there, where it is only for warnings."""
 
 
 class Zfs:
@@ -48,7 +50,8 @@ class Zfs:
         # Thawed in time, whatever it does: half a second is left where a second can't be.
         self._limit = max(frozen_limit_s - 1, frozen_limit_s / 2)
         self._low_space_percent = low_space_percent
-        self._rooms: dict[str, tuple[float, zfsdataset.Room]] = {}
+        self._listed = Recent(lambda dataset: zfsdataset.listed([dataset]))
+        self._rooms = Recent(lambda dataset: zfsdataset.rooms([dataset])[dataset])
         self._not_shown: set[str] = set()  # datasets of which the kernel can't show a snapshot
 
     def together(self, targets: Sequence[Target]) -> bool:
@@ -210,7 +213,7 @@ class Zfs:
     def standing(self, target: Target, domains: Mapping[str, Domain]) -> Standing:
         """See Explains. A snapshot stands by itself, whatever becomes of its domain."""
         one = ZfsTarget.of(target)
-        if not _is_there(one):
+        if not self._stands(one):
             return Standing("missing", f"{one.full} is not there, or not the one that was made")
         user = _user(one, domains.values())
         if user:
@@ -239,7 +242,7 @@ class Zfs:
             return {}
         if not one.is_volume:
             return low_space(target.disk, one.root, self._low_space_percent)
-        room = self._room(one.dataset)
+        room = self._rooms.get(one.dataset, _ROOM_S)
         if room.available * 100 >= (room.available + room.referenced) * self._low_space_percent:
             return {}
         return {
@@ -247,13 +250,13 @@ class Zfs:
             "left for it, and the guest stops when there are none; make room, or delete snapshots."
         }
 
-    def _room(self, dataset: str) -> zfsdataset.Room:
-        """As it was within the last half minute: each volume has to be asked for by a program."""
-        known = self._rooms.get(dataset)
-        if known is None or time.monotonic() - known[0] > _ROOM_S:
-            known = time.monotonic(), zfsdataset.rooms([dataset])[dataset]
-            self._rooms[dataset] = known
-        return known[1]
+    def _stands(self, one: ZfsTarget) -> bool:
+        """Whether it is there; only what is not seen among all of the dataset is looked at anew."""
+        try:
+            found = self._listed.get(one.dataset, JUST_NOW_S).get(one.full)
+        except zfsdataset.NotThere:
+            return False
+        return (found is not None and one.snapshot in found.snapshots.values()) or _is_there(one)
 
 
 def _end(tag: Tag) -> None:
