@@ -256,6 +256,23 @@ def test_a_bind_mount_of_a_folder_leads_to_the_datasets_root(
     assert place == zfsplace.Place("tank/vm", str(bound), "a.raw", "images/a.raw", "")
 
 
+def test_where_a_dataset_is_bound_as_a_whole_it_is_read_where_it_was_mounted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root, bound = tmp_path / "root", tmp_path / "bound"
+    (root / ".zfs" / "snapshot").mkdir(parents=True)
+    bound.mkdir()
+    (root / "a.raw").touch()
+    os.link(root / "a.raw", bound / "a.raw")
+    own, first = _mount(str(bound), "tank/vm"), _mount(str(root), "tank/vm")
+    monkeypatch.setattr(mounts, "mount_of", lambda _: own)
+    monkeypatch.setattr(mounts, "table", lambda: (first, own))
+    with (bound / "a.raw").open() as file:
+        place = zfsplace.of_file(file.fileno(), str(bound / "a.raw"))
+    assert place is not None
+    assert (place.root, place.snapshots) == (str(root), f"{root}/.zfs/snapshot")
+
+
 def test_a_file_in_a_snapshot_and_one_that_is_a_mount(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

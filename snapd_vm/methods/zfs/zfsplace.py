@@ -51,7 +51,9 @@ def of_file(fd: int, path: str) -> Place | None:
         )
     device = os.fstat(fd).st_dev
     inside = os.path.normpath(os.path.join(own.root, below)).lstrip("/")
-    for mount in (own, *mounts.table()):
+    # The oldest first, where the dataset was mounted and not only bound: the kernel mounts its
+    # snapshots there, which other mounts of it show only where mounts are shared.
+    for mount in (*mounts.table(), own):
         if (mount.type, mount.source, mount.root) == ("zfs", own.source, "/"):
             path = os.path.join(mount.point, inside)
             if _is_on(mount.point, device) and _is_on(path, device):
