@@ -72,7 +72,8 @@ async def both(api: Api, guest: Guest, *names: str) -> str:
 
 
 async def test_secrets_that_are_no_use(lab: Lab, api: Api, ceph: Ceph, places: Places) -> None:
-    wrong = base64.b64encode(base64.b64decode(ceph.key)[:-1] + b"x").decode()
+    key = base64.b64decode(ceph.key)
+    wrong = base64.b64encode(key[:-1] + bytes([key[-1] ^ 1])).decode()
     for how, error, words in (
         ({"value": ceph.key, "private": "yes"}, "StorageFailed", "is private"),
         ({}, "StorageFailed", "has no value"),
