@@ -187,6 +187,24 @@ async def test_to_and_fro(api: Api, places: Places, tmp_path: Path) -> None:
     assert os.listdir(Path(first).parent) == [Path(first).name]
 
 
+async def test_what_was_an_overlay_of_a_snapshot_that_is_gone_is_removed_with_the_last_on_it(
+    api: Api, places: Places
+) -> None:
+    """It is beside the chain, in it, and beside it again, and no record has it for an overlay."""
+    guest = places.guest()
+    await places.known(api)
+    first = file_of(guest)
+    first_made, beside = await stack(api, guest, 2)
+    await revert(api, first_made)
+    newest = await api.create(guest, name="newest")
+    await delete(api, first_made)
+    await revert(api, beside)
+    await revert(api, newest)
+    for one in (beside, newest):
+        await delete(api, one)
+    assert os.listdir(Path(first).parent) == [Path(first).name]
+
+
 @pytest.mark.parametrize("base_format", ["qcow2", "raw"])
 async def test_older_ones_go_while_the_guest_runs_on_what_it_went_back_to(
     api: Api, lab: Lab, tmp_path: Path, base_format: str

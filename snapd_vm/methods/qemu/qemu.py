@@ -312,6 +312,7 @@ class Qemu:
         place: dict[str, Json] = {
             name: deleted.data[name] for name in ("origin", "origin_type", "origin_format")
         }
+        place["ours"] = deleted.data.get("ours")
         return dataclasses.replace(other, data={**other.data, **place})
 
     def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:

@@ -105,6 +105,8 @@ def _made_by_us(targets: Iterable[Target]) -> tuple[Image, ...]:
             found.append(Image(layer.origin, layer.aside))
         elif layer.aside is None and layer.inode is not None and commit.own_id(layer):
             found.append(Image(layer.path, layer.inode))
+        if layer.ours is not None:
+            found.append(layer.ours)
     return tuple(image for image in found if image.there())
 
 
@@ -238,6 +240,8 @@ def reverted(target: Target, other: Target) -> Target | None:
     known = [*([plan.made] if plan.made else []), *plan.known]
     origin = storage.file_id(layer.origin)
     data = {name: value for name, value in other.data.items() if name not in _OURS}
+    made = _same(layer.origin, known)
+    data["ours"] = Image(layer.origin, made.file).as_json() if made is not None else None
     chain = [plan.overlay, *storage.backing_chain(plan.overlay)]
     for above, below in itertools.pairwise(chain):
         if origin is not None and storage.file_id(below) == origin:
@@ -255,7 +259,7 @@ def reverted(target: Target, other: Target) -> Target | None:
             data |= {name: other.data.get(name) for name in ("aside", "foreign")}
         elif image is not None:
             data["aside"] = Image(layer.origin, image.file).as_json()
-            data["foreign"] = _same(layer.origin, known) is None
+            data["foreign"] = made is None
     return dataclasses.replace(other, data=data)
 
 
