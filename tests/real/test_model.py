@@ -372,6 +372,8 @@ class Model(RuleBasedStateMachine):
         elif self.state == "shutoff":
             self.guest.start()
         self.known.clear()
+        file = file_of(self.guest)
+        assert not file or len(images.chain(file)) == 1
         self._nothing_is_left_over()
 
     def _checksum(self, source: Created) -> str:
