@@ -27,7 +27,7 @@ from snapd_vm.methods import chain, taken
 from snapd_vm.methods.folder import low_space
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
 from snapd_vm.methods.recent import JUST_NOW_S, Recent
-from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsrevert, zfsstray, zfsview
+from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsrevert, zfsstray, zfstags, zfsview
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
@@ -256,7 +256,7 @@ class Zfs:
             found = self._listed.get(one.dataset, JUST_NOW_S).get(one.full)
         except zfsdataset.NotThere:
             return False
-        return (found is not None and one.snapshot in found.snapshots.values()) or _is_there(one)
+        return _is_it(found, one) or _is_there(one)
 
 
 def _end(tag: Tag) -> None:
@@ -273,7 +273,10 @@ def _mark(tag: Tag) -> str:
 
 def _is_there(one: ZfsTarget) -> bool:
     """Whether the snapshot is there and is the one that was made, as its properties say."""
-    found = zfsdataset.look(one.full)
+    return _is_it(zfsdataset.look(one.full), one)
+
+
+def _is_it(found: zfstags.Found | None, one: ZfsTarget) -> bool:
     return found is not None and one.snapshot in found.snapshots.values()
 
 
