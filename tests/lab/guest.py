@@ -101,6 +101,7 @@ class Guest:
         try:
             wait_until(f"{self.name} boots", answers, timeout, 0.05)
             self.wait_agent(timeout)
+            self._wait_channels(timeout)
             self.control.ask("pause", str(self.pause_us))
             # What the boot made it stand still for is nothing that a test wants to see.
             self.reset()
@@ -113,6 +114,17 @@ class Guest:
         if self.agent == "libvirt":
             domain = self.domain
             wait_until(f"agent of {self.name}", lambda: agent_answers(domain), timeout, 0.05)
+
+    def _wait_channels(self, timeout: float) -> None:
+        """Wait until libvirt knows that all its ports are open, or the domain's XML changes yet:
+        QEMU tells it of each at most once a second (monitor/monitor.c, VSERPORT_CHANGE).
+        """
+        domain = self.domain
+
+        def known() -> bool:
+            return "state='disconnected'" not in domain.XMLDesc()
+
+        wait_until(f"channels of {self.name}", known, timeout, 0.05)
 
     def wait_state(self, state: str, timeout: float = 30) -> None:
         """Wait until libvirt says that it is in this state."""
