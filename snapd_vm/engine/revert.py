@@ -14,7 +14,7 @@ from snapd_vm.engine.journal import Kind, Operation, RevertStep
 from snapd_vm.engine.shelf import SPOILT
 from snapd_vm.engine.world import World
 from snapd_vm.errors import Busy, InvalidState, MethodNotSupported, StorageFailed
-from snapd_vm.methods.method import Reverts, Watch
+from snapd_vm.methods.method import Forgets, Reverts, Watch
 from snapd_vm.model import Domain, Flags, Snapshot, SnapshotState, Target
 
 log = logging.getLogger(__name__)
@@ -119,9 +119,12 @@ def settle(
     be done now, with the `first` error if there was one before; it may be called again.
     """
     try:
-        return _settle(world, operation, all_of)
+        changed = _settle(world, operation, all_of)
     except Exception as error:
         raise Unsettled(first or error, operation) from error
+    if changed:
+        _forget(world, operation.drafts[0])
+    return changed
 
 
 def _settle(world: World, operation: Operation, all_of: Sequence[Snapshot]) -> Sequence[Snapshot]:
@@ -132,9 +135,22 @@ def _settle(world: World, operation: Operation, all_of: Sequence[Snapshot]) -> S
         world.reach(RevertStep.CLEARED)
         for snapshot in all_of:
             target = method.reverted(draft.target, snapshot.target)
-            if target is not None:
-                state = draft.state if snapshot.uuid == draft.uuid else snapshot.state
-                changed.append(dataclasses.replace(snapshot, target=target, state=state))
+            if snapshot.uuid == draft.uuid:
+                target = target or snapshot.target
+                changed.append(dataclasses.replace(snapshot, target=target, state=draft.state))
+            elif target is not None:
+                changed.append(dataclasses.replace(snapshot, target=target))
     world.journal.end(operation, changed, release=False)
     world.reach(RevertStep.ENDED)
     return changed
+
+
+def _forget(world: World, draft: Snapshot) -> None:
+    """Take away what told how far the revert came; the journal has its end."""
+    method = _method(world, draft)
+    if not isinstance(method, Forgets):
+        return
+    try:
+        method.forget_revert(draft.target)
+    except Exception as error:  # it is done all the same
+        log.warning("a mark of the revert of disk %s is left: %s", draft.target.disk, error)

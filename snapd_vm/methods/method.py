@@ -264,3 +264,13 @@ class Reverts(Protocol):
 
     def among(self, target: Target, others: Sequence[Target]) -> Target:
         """The Target with what a delete has to know of the domain's other snapshots."""
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """A method that Reverts, and keeps on the storage how far a revert came."""
+
+    def forget_revert(self, target: Target) -> None:
+        """Take that away: the disk is reverted, and the journal has it. It may not come to this,
+        so the next `prepare_revert` must not believe what it finds.
+        """

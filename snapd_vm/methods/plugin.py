@@ -26,6 +26,7 @@ from snapd_vm.errors import (
 )
 from snapd_vm.methods.method import (
     Explains,
+    Forgets,
     Lists,
     Method,
     OnRequest,
@@ -89,6 +90,7 @@ __all__ = [
     "Disk",
     "Domain",
     "Explains",
+    "Forgets",
     "HasSchema",
     "InvalidState",
     "Json",

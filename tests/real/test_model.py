@@ -45,6 +45,7 @@ SECONDS = ALL / len(NAMES)
 P = ParamSpec("P")
 MOST = 4
 FILES = ("a", "b", "c")
+WENT_BACK = "went back to snapshot"
 
 
 class TimeIsUp(KeyboardInterrupt):
@@ -217,11 +218,13 @@ class Model(RuleBasedStateMachine):
         one = self._to_go_back_to(drawn.which)
         if one is None:
             return
+        before = self.lab.daemon.log.count(WENT_BACK)
         try:
             self.wait(self.api.call(one.path, SNAPSHOT, "Revert", "u", 0))
         except ApiError as error:
             assert not self._revertible(one), error
             return
+        assert self.lab.daemon.log.count(WENT_BACK) == before + 1
         assert self._present() == one.checksum
         self.files = dict(one.files or {})
 
@@ -359,6 +362,9 @@ class Model(RuleBasedStateMachine):
             if count:
                 learner.create(Drawn(0, 0, True, "", ""))
             cls.traces.append(len(learner._others()))
+        learner.revert(Drawn(1, 0, True, "", ""))  # as chance may not come to one in good time
+        learner._nothing_is_left_over()
+        learner.guest.start()
         for one in learner.known:
             learner.wait(learner.api.call(one.path, SNAPSHOT, "Delete", "u", 0))
         assert set(cls.storage.contents()) == cls.before

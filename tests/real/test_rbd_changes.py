@@ -105,6 +105,7 @@ async def test_a_revert_brings_back_the_contents_and_keeps_all_snapshots(
     for number in (2, 1, 3, 1):
         assert await revert(api, made[number - 1]) == ""
         assert holds(ceph, tmp_path) == number
+        assert "snapd-vm-revert" not in metadata(ceph, image_name())
         put(ceph, 50 + number)
     assert off.domain.XMLDesc() == xml
     for number, created in enumerate(made, 1):
@@ -113,7 +114,7 @@ async def test_a_revert_brings_back_the_contents_and_keeps_all_snapshots(
         await delete(api, created)
     assert holds(ceph, tmp_path) == 51
     assert not snaps(ceph, image_name())
-    assert set(metadata(ceph, image_name())) <= {"snapd-vm-revert"}
+    assert not metadata(ceph, image_name())
 
 
 async def test_a_revert_is_refused(
@@ -154,11 +155,15 @@ async def test_killed_in_a_revert(
     steps = list(RevertStep)
     reverted = steps.index(step) >= steps.index(RevertStep.SWITCHED)
     assert holds(ceph, tmp_path) == (1 if reverted else 99)
+    if RevertStep.CHECKED != step != RevertStep.ENDED:
+        said = "went back to snapshot" if reverted else "undid the revert to snapshot"
+        assert said in faulty.daemon.log_of_this_life
     await revert(api, made[1])  # and all is well again
     assert holds(ceph, tmp_path) == 2
     for created in made:
         await delete(api, created)
     assert not snaps(ceph, image_name())
+    assert not metadata(ceph, image_name())
 
 
 async def test_a_rollback_that_was_cut_off_is_gone_on_with(

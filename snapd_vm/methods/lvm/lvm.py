@@ -285,14 +285,13 @@ class Lvm:
         return cloneback.settle(self._hypervisor, lvmfile.origin_of(one), target, tag)
 
     def reverted(self, target: Target, other: Target) -> Target | None:
-        """Of a file, see cloneback.reverted; else all are what they were, and the snapshot itself
-        is given to say that it is done.
-        """
-        one = LvmTarget.of(target)
-        if one.image:
-            return cloneback.reverted(target, other)
-        own = other.method == self.name and LvmTarget.of(other).snapshot == one.snapshot
-        return other if own else None
+        """Of a file, see cloneback.reverted; else all are what they were."""
+        return cloneback.reverted(target, other) if LvmTarget.of(target).image else None
+
+    def forget_revert(self, target: Target) -> None:
+        """See Forgets."""
+        if not LvmTarget.of(target).image:
+            self._revert.forget(target)
 
     def among(self, target: Target, others: Sequence[Target]) -> Target:
         """No snapshot depends on another."""

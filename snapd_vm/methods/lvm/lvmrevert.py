@@ -89,6 +89,7 @@ class VolumeRevert:
     def prepare(self, target: Target, record: Record) -> Target:
         """See Reverts.prepare_revert."""
         one = LvmTarget.of(target)
+        self.forget(target)
         plan: dict[str, Json] = {**revert_of(target), "armed": True}
         target = dataclasses.replace(target, data={**target.data, "revert": plan})
         record([target])
@@ -119,12 +120,19 @@ class VolumeRevert:
             return self._settle_thin(one, str(revert_of(target)["discarded"]))
         return self._settle_thick(target, one)
 
+    def forget(self, target: Target) -> None:
+        """See Forgets.forget_revert; also what is left of another revert, after a crash."""
+        one = LvmTarget.of(target)
+        origin = None if one.thin else _named(lvmvolumes.report(one.vg), one.lv)
+        for tag in origin.tags if origin else ():
+            if lvmtags.is_reverted(tag):
+                lvmvolumes.retag(one.vg, one.lv, remove=tag)
+
     def _settle_thick(self, target: Target, one: LvmTarget) -> bool:
         origin = _named(lvmvolumes.report(one.vg), one.lv)
         if origin is None:
             raise StorageFailed(f"The logical volume {one.origin} is not there any more.")
-        done = lvmtags.reverted(one.snapshot)
-        if done not in origin.tags:
+        if lvmtags.reverted(one.snapshot) not in origin.tags:
             if lvmtags.reverting(one.snapshot) not in origin.tags:
                 return False
             domain = self._domain(one)
@@ -135,7 +143,6 @@ class VolumeRevert:
                 )
             log.info("the revert of %s to %s is gone on with", one.origin, one.name)
             self._copy(one, None, begun=True)
-        lvmvolumes.retag(one.vg, one.lv, remove=done)
         return True
 
     def _settle_thin(self, one: LvmTarget, discarded: str) -> bool:

@@ -17,6 +17,7 @@ from snapd_vm import errors
 from snapd_vm.errors import Internal, SnapdError
 from snapd_vm.methods.method import (
     Explains,
+    Forgets,
     Kept,
     Lists,
     Method,
@@ -36,6 +37,7 @@ T = TypeVar("T")
 _STATES = frozenset({"ready", "missing", "failed", "detached"})
 _CHECKED: Mapping[type, Sequence[str]] = {
     Explains: ("standing", "files"),
+    Forgets: ("forget_revert",),
     Lists: ("stored",),
     Warns: ("warnings",),
     Reverts: (*("check_revert", "prepare_revert", "revert", "settle_revert", "reverted", "among"),),
@@ -183,7 +185,7 @@ class Fenced:
                 )
             case "settle_revert":
                 return isinstance(answer, bool)
-            case "revert":
+            case "revert" | "forget_revert":
                 return True
             case "reverted":
                 return answer is None or self._is_target(answer)

@@ -260,6 +260,10 @@ class Rbd:
         """See Reverts and rollback.settle."""
         return rollback.settle(self._hypervisor, self._clusters, target)
 
+    def forget_revert(self, target: Target) -> None:
+        """See Forgets."""
+        rollback.forget(self._clusters, target)
+
     def reverted(self, target: Target, other: Target) -> Target | None:
         """Every snapshot is what it was."""
         return None

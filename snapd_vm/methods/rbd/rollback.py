@@ -54,12 +54,17 @@ def _check_domain(hypervisor: Hypervisor, target: Target, found: RbdTarget) -> N
 
 def prepare(clusters: Clusters, target: Target, record: Record) -> Target:
     """See Reverts.prepare_revert. What an earlier revert has left in the metadata is forgotten."""
-    found = RbdTarget.of(target)
-    with clusters.session(found.place.access) as session:
-        session.ask("mark", image=found.place.words, key=_KEY, value="")
+    forget(clusters, target)
     target = dataclasses.replace(target, data={**target.data, "revert": {"armed": True}})
     record([target])
     return target
+
+
+def forget(clusters: Clusters, target: Target) -> None:
+    """See Forgets.forget_revert."""
+    found = RbdTarget.of(target)
+    with clusters.session(found.place.access) as session:
+        session.ask("mark", image=found.place.words, key=_KEY, value="")
 
 
 def roll_back(hypervisor: Hypervisor, clusters: Clusters, target: Target, watch: Watch) -> None:

@@ -118,13 +118,8 @@ def settle(hypervisor: Hypervisor, target: Target, tag: Tag) -> bool:
 
 
 def reverted(target: Target, other: Target) -> Target | None:
-    """See Reverts.reverted."""
-    if not ZfsTarget.of(target).is_volume:
-        return cloneback.reverted(target, other)
-    if other.data.get("snapshot") != target.data["snapshot"]:
-        return None
-    data = {key: value for key, value in other.data.items() if key != "revert"}
-    return dataclasses.replace(other, data=data)  # what it was, given to say that it is done
+    """See Reverts.reverted. Of a volume, all are what they were."""
+    return None if ZfsTarget.of(target).is_volume else cloneback.reverted(target, other)
 
 
 def _origin(one: ZfsTarget) -> cloneback.Origin:
