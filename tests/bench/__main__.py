@@ -35,6 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--starts", type=int, default=10, help="of each service (default: 10)")
     parser.add_argument("--deletes", type=int, default=3, help="of 1 GiB each (default: 3)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="these parts only")
+    parser.add_argument(
+        "--methods",
+        choices=layers.METHODS,
+        nargs="+",
+        default=layers.METHODS,
+        help="of the layers, those of these methods only",
+    )
     options = parser.parse_args(arguments)
     if os.geteuid() != 0:
         print(
@@ -52,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
                 services.measure(lab, found, options.starts)
                 of_services(found, figures)
             if "domains" in options.only:
-                figures.domains(*domains.measure(lab, ours))
+                figures.domains(domains.measure(lab, ours))
             if "delete" in options.only:
                 of_deletes(deletes.measure(lab, ours, options.deletes), figures)
                 of_creates(*deletes.measure_beside(lab, ours, options.deletes), figures)
             if "layers" in options.only:
-                of_layers(layers.measure(lab, ours, options.rounds), figures)
+                of_layers(layers.measure(lab, ours, options.rounds, options.methods), figures)
             if {"one", "two"} & set(options.only):
                 dbus = lab.run.start(
                     "libvirt-dbus",

@@ -3,7 +3,7 @@
 In each round the agent's freeze and thaw alone, the command alone, and a quiesced Create, on the
 same guest, which writes all the time. lvm and zfs are measured where the kernel has them:
 
-    python -m tests.lab vm -- python3 -m tests.bench --only layers
+    python -m tests.lab vm -- python3 -m tests.bench --only layers --methods lvm zfs
 """
 
 from __future__ import annotations
@@ -149,8 +149,12 @@ class Measured:
         return frozen.median - agent.median - alone.median
 
 
-def measure(lab: Lab, ours: Path, rounds: int) -> list[Measured]:
-    """All layers that can be here, one after the other, on a guest and a storage of their own each.
+METHODS = tuple(layer.method for layer in LAYERS)
+
+
+def measure(lab: Lab, ours: Path, rounds: int, methods: Sequence[str]) -> list[Measured]:
+    """These layers, as far as they can be here, one after the other, on a guest and a storage of
+    their own each.
 
     The times that the daemon has are long enough for a host that is slow.
     """
@@ -160,7 +164,9 @@ def measure(lab: Lab, ours: Path, rounds: int) -> list[Measured]:
         argv=(ours, "daemon"),
     )
     for layer in LAYERS:
-        if layer.needs and not _can_have(layer.needs):
+        if layer.method not in methods:
+            continue
+        if layer.needs and not kernel_has(layer.needs):
             print(f"\n{layer.method} is not measured: this kernel has no {layer.needs}")
             continue
         with layer.place(lab) as (guest, image):
@@ -202,7 +208,7 @@ def _measure(lab: Lab, layer: Layer, guest: Guest, image: Path, rounds: int) -> 
     return measured
 
 
-def _can_have(module: str) -> bool:
+def kernel_has(module: str) -> bool:
     """Whether the kernel has a module, or can load it."""
     try:
         return attempt(["modprobe", "-q", module]).returncode == 0

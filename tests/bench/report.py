@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.bench import domains
 from tests.bench.deletes import Deleted
 from tests.bench.layers import Measured
 from tests.bench.series import Series, ratio, table
@@ -23,10 +24,12 @@ class Figures:
         """One row."""
         self._rows.append((figure, reached, target))
 
-    def domains(self, objects: Series, disks: Series) -> None:
+    def domains(self, measured: domains.Measured) -> None:
         """GetManagedObjects of 200 domains, and Disks of each of them."""
-        self.add("GetManagedObjects, 200 domains", str(objects), "under 100 ms")
-        self.add("Disks of 200 domains with 2 disks each", str(disks), "under 2 s")
+        self.add("GetManagedObjects, 200 domains", str(measured.objects), "under 100 ms")
+        self.add("Disks of 200 domains with 2 disks each", str(measured.disks), "under 2 s")
+        for name, series in measured.by_place.items():
+            self.add(f"Disks of a domain on {name}", str(series), "")
 
     def table(self) -> str:
         """As text."""
