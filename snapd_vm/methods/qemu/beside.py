@@ -67,10 +67,10 @@ def delete(hypervisor: Hypervisor, layer: Layer) -> None:
     """
     if own(layer):
         detach(layer)
-        if layer.foreign:
-            log.warning("%s was there before its first snapshot and is left alone", layer.origin)
-        else:
+        if layer.ours is not None and layer.ours.there():
             folder.remove(hypervisor, layer.origin)
+        else:
+            log.warning("%s is none that snapd-vm made, and is left alone", layer.origin)
 
 
 def own(layer: Layer) -> bool:

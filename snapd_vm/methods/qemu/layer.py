@@ -16,10 +16,9 @@ class Layer:
     `instance` is libvirt's number of the domain's run at that time, -1 if it was off; `persistent`
     says that the definition named the same origin. `disk` is its `<target dev>`. `aside` is the
     origin's identity where a revert has left the snapshot beside the disk's chain: it has no
-    overlay then; `foreign` if we did not make that file. `ours` is the origin where we did, as the
-    overlay of another snapshot, whose record may be gone; known since the last revert. `beside` are
-    the origins of other such snapshots of the disk, as far as they were asked for (see
-    Reverts.among).
+    overlay then. `ours` is the origin where we made that file, as the overlay of another snapshot,
+    whose record may be gone; known since the last revert. `beside` are the origins of other such
+    snapshots of the disk, as far as they were asked for (see Reverts.among).
     """
 
     disk: str
@@ -32,7 +31,6 @@ class Layer:
     path: str
     inode: FileId | None
     aside: FileId | None
-    foreign: bool
     ours: Image | None
     beside: tuple[Image, ...]
 
@@ -52,7 +50,6 @@ class Layer:
             path=str(data["overlay"]),
             inode=FileId(device, inode) if known else None,  # type: ignore[arg-type]
             aside=Image.of(data["aside"]).file if data.get("aside") else None,
-            foreign=bool(data.get("foreign")),
             ours=Image.of(data["ours"]) if data.get("ours") else None,
             beside=images(data.get("beside")),
         )

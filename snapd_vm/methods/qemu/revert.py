@@ -37,7 +37,7 @@ from snapd_vm.model import Disk, Domain, Json, Tag, Target
 log = logging.getLogger(__name__)
 
 _RESERVE = 1 << 20
-_OURS = ("revert", "aside", "foreign", "beside")
+_OURS = ("revert", "aside", "beside")
 """What is in a Target's data besides the overlay; only for as long as it is true."""
 
 
@@ -101,9 +101,7 @@ def _made_by_us(targets: Iterable[Target]) -> tuple[Image, ...]:
     """The images of the disk's snapshots that are overlays of ours, and are still the same."""
     found = []
     for layer in map(Layer.of, targets):
-        if layer.aside is not None and not layer.foreign:
-            found.append(Image(layer.origin, layer.aside))
-        elif layer.aside is None and layer.inode is not None and commit.own_id(layer):
+        if layer.aside is None and layer.inode is not None and commit.own_id(layer):
             found.append(Image(layer.path, layer.inode))
         if layer.ours is not None:
             found.append(layer.ours)
@@ -241,7 +239,8 @@ def reverted(target: Target, other: Target) -> Target | None:
     origin = storage.file_id(layer.origin)
     data = {name: value for name, value in other.data.items() if name not in _OURS}
     made = _same(layer.origin, known)
-    data["ours"] = Image(layer.origin, made.file).as_json() if made is not None else None
+    if made is not None:  # else it is what it was: a file that is away for a moment stays ours
+        data["ours"] = Image(layer.origin, made.file).as_json()
     chain = [plan.overlay, *storage.backing_chain(plan.overlay)]
     for above, below in itertools.pairwise(chain):
         if origin is not None and storage.file_id(below) == origin:
@@ -256,10 +255,9 @@ def reverted(target: Target, other: Target) -> Target | None:
     else:
         image = _same(layer.origin, plan.below)
         if layer.aside is not None:
-            data |= {name: other.data.get(name) for name in ("aside", "foreign")}
+            data["aside"] = other.data["aside"]
         elif image is not None:
             data["aside"] = Image(layer.origin, image.file).as_json()
-            data["foreign"] = made is None
     return dataclasses.replace(other, data=data)
 
 
