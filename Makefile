@@ -93,7 +93,7 @@ test: $(VENV)/.stamp packages
 	$(RUN) pytest tests/hostvm -m 'not thorough' || status=1; \
 	exit $$status
 
-# All of what is in a VM with systemd, LVM and ZFS, which takes both processors for over two hours.
+# All of what is in a VM with systemd, LVM and ZFS, which takes both processors for about three hours.
 test-hostvm: PACKAGES += $(VM_PACKAGES)
 test-hostvm: check packages
 	SNAPD_VM_ALL=1 $(RUN) pytest tests/hostvm

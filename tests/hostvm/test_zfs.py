@@ -87,3 +87,8 @@ def test_the_conformance_suite(vm: HostVm) -> None:
 @pytest.mark.thorough
 def test_anything_in_any_order(vm: HostVm) -> None:
     stands_anything(vm, "zfs", "zvol")
+
+
+@pytest.mark.thorough
+def test_a_hundred_of_a_hundred_are_whole(vm: HostVm) -> None:
+    passes(vm, "tests/inside_vm/test_whole.py", "-k", "zfs", timeout=LIMIT_S)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 import uuid as uuids
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +15,16 @@ from tests.lab.blockdev import Mounted
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import attempt, run
-from tests.lab.ring import read_ring
+from tests.lab.program import run
 from tests.real import images
-from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, VDA, Api
+from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, VDA, Api
 from tests.real.places import Places, file_of, refused, unchanged, with_image
 from tests.real.test_btrfs_places import BTRFS, btrfs, named, vm
 from tests.real.test_delete import delete
 from tests.real.test_revert import places, revert
+from tests.real.whole import all_are_whole
 
 __all__ = ["btrfs", "places", "vm"]
-
-ROUNDS = 100
 
 
 @pytest.fixture
@@ -63,26 +60,7 @@ def contents(path: str | Path) -> bytes:
 
 @pytest.mark.timeout(300)
 async def test_a_hundred_of_a_hundred_are_whole(api: Api, writing: Guest, scratch: Path) -> None:
-    """QEMU keeps parts of a qcow2 in memory: its vCPUs are stopped, and it writes them out."""
-    began = time.monotonic()
-    for number in range(ROUNDS):
-        quiesced = number % 2
-        if number % 10 == 0:  # so that it has tables to write
-            writing.fill("vda", f"filling{number % 3}", 2)
-        created = await api.create(
-            writing, VDA, BTRFS, flags=QUIESCE_REQUIRED if quiesced else NO_QUIESCE
-        )
-        assert created.ours("format") == "qcow2"
-        assert created.ours("consistency") == ("quiesced" if quiesced else "paused")
-        checked = attempt(["qemu-img", "check", "-f", "qcow2", created.file])
-        assert checked.returncode == 0, checked.stdout + checked.stderr
-        if number % 20 == 1:
-            raw = images.raw_copy(created.file, "qcow2", scratch / "raw")
-            assert images.is_clean(raw)
-            assert read_ring(raw).whole
-        await delete(api, created)
-    print(f"{ROUNDS} snapshots of a qcow2 in {time.monotonic() - began:.1f} s")
-    writing.writes_go_on()
+    await all_are_whole(api, writing, BTRFS, scratch)
 
 
 async def test_the_default_for_it_is_qemu(api: Api, writing: Guest) -> None:
