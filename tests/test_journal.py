@@ -36,6 +36,14 @@ def test_an_operation_of_a_daemon_that_did_not_know_whose_it_was(tmp_path: Path)
     journal.close()
 
 
+def test_that_a_revert_is_settled_is_read_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(revert())
+    journal.begin(replace(revert(), settled=True))
+    assert journal.operations() == [replace(revert(), settled=True)]
+    journal.close()
+
+
 def test_a_snapshot_that_is_gone_is_not_written_down_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     there, gone = make_snapshot(1), make_snapshot(2)

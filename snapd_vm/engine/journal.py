@@ -82,6 +82,7 @@ class RevertStep(StrEnum):
     ARMED = "revert-armed"  # it has its name
     SWITCHED = "revert-switched"  # the disk is the snapshot's
     CLEARED = "revert-cleared"  # what it held is gone
+    SETTLED = "revert-settled"  # journalled: that; nothing on the storage need tell it any more
     ENDED = "revert-ended"  # journalled: what the snapshots are now
 
 
@@ -95,7 +96,7 @@ class Operation:
     The drafts of a Create are the records of its snapshots as they will be if all goes well; a
     draft's consistency is the least that it can be. Those of a Delete are what is being deleted,
     that of a Revert what is gone back to. `failed`: the caller of a Create was told so; it is to be
-    undone and not completed. `uid` is who started it.
+    undone and not completed. `settled`: the disk of a Revert is reverted. `uid` is who started it.
     """
 
     tag: Tag
@@ -104,6 +105,7 @@ class Operation:
     failed: bool = False
     kind: Kind = Kind.CREATE
     uid: int = 0
+    settled: bool = False
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -317,6 +319,7 @@ def _operation(row: dict[str, Any]) -> Operation:
         failed=row["failed"],
         kind=Kind(row.get("kind", Kind.CREATE)),
         uid=row.get("uid", 0),
+        settled=row.get("settled", False),
     )
 
 

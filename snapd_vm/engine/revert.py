@@ -118,21 +118,19 @@ def settle(
     The snapshots that are different now; none: it is undone. Raises Unsettled where that could not
     be done now, with the `first` error if there was one before; it may be called again.
     """
-    try:
-        changed = _settle(world, operation, all_of)
-    except Exception as error:
-        raise Unsettled(first or error, operation) from error
-    if changed:
-        _forget(world, operation.drafts[0])
-    return changed
-
-
-def _settle(world: World, operation: Operation, all_of: Sequence[Snapshot]) -> Sequence[Snapshot]:
     draft = operation.drafts[0]
-    method = _method(world, draft)
-    changed: list[Snapshot] = []
-    if method.settle_revert(draft.target, operation.tag):
-        world.reach(RevertStep.CLEARED)
+    try:
+        method = _method(world, draft)
+        if not operation.settled:
+            if not method.settle_revert(draft.target, operation.tag):
+                return _end(world, operation, [])
+            world.reach(RevertStep.CLEARED)
+            operation = dataclasses.replace(operation, settled=True)
+            world.journal.begin(operation)
+            world.reach(RevertStep.SETTLED)
+        if isinstance(method, Forgets):
+            method.forget_revert(draft.target)
+        changed: list[Snapshot] = []
         for snapshot in all_of:
             target = method.reverted(draft.target, snapshot.target)
             if snapshot.uuid == draft.uuid:
@@ -140,17 +138,12 @@ def _settle(world: World, operation: Operation, all_of: Sequence[Snapshot]) -> S
                 changed.append(dataclasses.replace(snapshot, target=target, state=draft.state))
             elif target is not None:
                 changed.append(dataclasses.replace(snapshot, target=target))
+        return _end(world, operation, changed)
+    except Exception as error:
+        raise Unsettled(first or error, operation) from error
+
+
+def _end(world: World, operation: Operation, changed: Sequence[Snapshot]) -> Sequence[Snapshot]:
     world.journal.end(operation, changed, release=False)
     world.reach(RevertStep.ENDED)
     return changed
-
-
-def _forget(world: World, draft: Snapshot) -> None:
-    """Take away what told how far the revert came; the journal has its end."""
-    method = _method(world, draft)
-    if not isinstance(method, Forgets):
-        return
-    try:
-        method.forget_revert(draft.target)
-    except Exception as error:  # it is done all the same
-        log.warning("a mark of the revert of disk %s is left: %s", draft.target.disk, error)

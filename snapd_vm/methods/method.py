@@ -271,6 +271,4 @@ class Forgets(Protocol):
     """A method that Reverts, and keeps on the storage how far a revert came."""
 
     def forget_revert(self, target: Target) -> None:
-        """Take that away: the disk is reverted, and the journal has it. It may not come to this,
-        so the next `prepare_revert` must not believe what it finds.
-        """
+        """Take that away, if it is there: the disk is reverted, and the journal says so."""

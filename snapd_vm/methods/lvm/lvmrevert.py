@@ -89,7 +89,7 @@ class VolumeRevert:
     def prepare(self, target: Target, record: Record) -> Target:
         """See Reverts.prepare_revert."""
         one = LvmTarget.of(target)
-        self.forget(target)
+        self.forget(target)  # as of a revert that no journal knows
         plan: dict[str, Json] = {**revert_of(target), "armed": True}
         target = dataclasses.replace(target, data={**target.data, "revert": plan})
         record([target])
@@ -121,12 +121,10 @@ class VolumeRevert:
         return self._settle_thick(target, one)
 
     def forget(self, target: Target) -> None:
-        """See Forgets.forget_revert; also what is left of another revert, after a crash."""
+        """See Forgets.forget_revert."""
         one = LvmTarget.of(target)
-        origin = None if one.thin else _named(lvmvolumes.report(one.vg), one.lv)
-        for tag in origin.tags if origin else ():
-            if lvmtags.is_reverted(tag):
-                lvmvolumes.retag(one.vg, one.lv, remove=tag)
+        if not one.thin:
+            lvmvolumes.retag(one.vg, one.lv, remove=lvmtags.reverted(one.snapshot))
 
     def _settle_thick(self, target: Target, one: LvmTarget) -> bool:
         origin = _named(lvmvolumes.report(one.vg), one.lv)

@@ -47,11 +47,6 @@ def reverted(snapshot: str) -> str:
     return f"{_PREFIX}reverted={snapshot}"
 
 
-def is_reverted(tag: str) -> bool:
-    """Whether it is such a tag, of any snapshot."""
-    return tag.startswith(reverted(""))
-
-
 def is_ours(tag: str) -> bool:
     """Whether it is a tag such as we give."""
     return tag.startswith(_PREFIX)

@@ -53,7 +53,7 @@ def _check_domain(hypervisor: Hypervisor, target: Target, found: RbdTarget) -> N
 
 
 def prepare(clusters: Clusters, target: Target, record: Record) -> Target:
-    """See Reverts.prepare_revert. What an earlier revert has left in the metadata is forgotten."""
+    """See Reverts.prepare_revert. What a revert that no journal knows has left is forgotten."""
     forget(clusters, target)
     target = dataclasses.replace(target, data={**target.data, "revert": {"armed": True}})
     record([target])
