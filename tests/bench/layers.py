@@ -131,6 +131,8 @@ LAYERS = (
     ),
 )
 
+METHODS = tuple(layer.method for layer in LAYERS)
+
 
 @dataclass
 class Measured:
@@ -147,9 +149,6 @@ class Measured:
         """Milliseconds that the guest is frozen beyond what the two others take."""
         agent, alone, frozen = map(Series.of_seconds, (self.agent, self.alone, self.frozen))
         return frozen.median - agent.median - alone.median
-
-
-METHODS = tuple(layer.method for layer in LAYERS)
 
 
 def measure(lab: Lab, ours: Path, rounds: int, methods: Sequence[str]) -> list[Measured]:
