@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import uuid as uuids
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from snapd_vm.model import domain_path
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.lab.volumegroup import MIB, Group, fill, read
-from tests.real.api import DOMAIN, NAME, SNAPSHOT, VDA, Api, Created
+from tests.real.api import SNAPSHOT, Api, Created
 from tests.real.conftest import Connect, api, connect, daemon, lab
+from tests.real.other_driver import taken_by
 from tests.real.places import Places, refused, with_image
 from tests.real.test_delete import delete
 from tests.real.test_revert import places, revert
@@ -561,23 +560,21 @@ async def test_a_bind_mount_over_the_image_is_another_layer(
 
 
 async def test_a_domain_that_qemu_does_not_run(
-    daemon: Lab, lab: Lab, connect: Connect, group: Group
+    lab: Lab, connect: Connect, group: Group, device: Path
 ) -> None:
-    device, uuid = group.device("thin"), str(uuids.uuid4())
-    node = lab.folder("node") / "node.xml"
-    node.write_text(
-        f"<node><domain type='test'><name>other</name><uuid>{uuid}</uuid>"
-        "<memory>1024</memory><os><type>hvm</type></os><devices><disk type='block' device='disk'>"
-        f"<driver name='any' type='raw'/><source dev='{device}'/><target dev='vda'/></disk>"
-        "</devices></domain></node>"
-    )
-    daemon.daemon.stop()
-    daemon.daemon.start({"uri": f"test://{node}"})
-    api = await connect()
-    rows = (await api.call(domain_path(uuid), DOMAIN, "Disks"))[0]
-    assert [row["method"] for row in rows] == ["lvm"]
-    answer = await api.call(domain_path(uuid), NAME, "Create", "sssu", VDA, "", "nightly", 0)
-    created = Created(*answer)
-    assert (created.modified_disk, created.ours("consistency")) == ("", "crash")
-    assert read(created.file) == read(device)
-    await delete(api, created)
+    before, content = group.contents(), read(device)
+    async with taken_by("lvm", lab, connect, "block", f"<source dev='{device}'/>") as created:
+        fill(device, 4)
+        assert read(created.file) == content != read(device)
+    assert group.contents() == before
+
+
+async def test_a_file_on_a_volume_in_a_domain_that_qemu_does_not_run(
+    lab: Lab, connect: Connect, files: Files
+) -> None:
+    content = files.image.read_bytes()
+    source = f"<source file='{files.image}'/>"
+    method = on(files.device)
+    async with taken_by("lvm", lab, connect, "file", source, method) as created:
+        files.image.write_bytes(b"something else")
+        assert Path(created.file).read_bytes() == content

@@ -29,11 +29,11 @@ from tests.lab.program import attempt, run
 from tests.lab.zpool import Pool, make_pool
 from tests.real.api import DOMAIN, SNAPSHOT, Api, ApiError, Created, path_of
 from tests.real.conftest import Connect, connect, lab
+from tests.real.other_driver import DAEMON, taken_by
 from tests.real.places import CONFIG, Places, image, refused, unchanged, with_image
 
 __all__ = ["connect", "lab"]
 
-DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 FAULTY = (sys.executable, "-m", "tests.real.faulty_daemon")
 ZFS = "<diskSnapshot method='zfs'/>"
 VDB = "<disk><target dev='vdb'/></disk>"
@@ -787,3 +787,33 @@ async def test_a_pool_that_does_not_answer(
         slow.destroy()
         run("dmsetup", "remove", "--retry", name)
         loop.detach()
+
+
+# -- a driver without QEMU -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [("snapdir=hidden",), ("snapdir=visible",)])
+async def test_a_file_in_a_domain_that_qemu_does_not_run(
+    lab: Lab, connect: Connect, pool: Pool, options: tuple[str, ...]
+) -> None:
+    dataset, root = new(pool, *options)
+    path = raw(root)
+    before, content = pool.everything(), path.read_bytes()
+    async with taken_by("zfs", lab, connect, "file", f"<source file='{path}'/>") as created:
+        path.write_bytes(b"something else")
+        assert Path(created.file).read_bytes() == content
+        assert pool.snapshots() == [f"{dataset}@snapd-vm-{uuid_of(created)}"]
+    assert pool.everything() == before
+
+
+@pytest.mark.parametrize("thin", [True, False])
+async def test_a_volume_in_a_domain_that_qemu_does_not_run(
+    lab: Lab, connect: Connect, pool: Pool, thin: bool
+) -> None:
+    dataset, device = volume(pool, thin=thin)
+    before, content = pool.everything(), device.read_bytes()
+    async with taken_by("zfs", lab, connect, "block", f"<source dev='{device}'/>") as created:
+        fill(device)
+        assert Path(created.file).read_bytes() == content != device.read_bytes()
+        assert f"{dataset}@snapd-vm-{uuid_of(created)}" in pool.snapshots()
+    assert pool.everything() == before

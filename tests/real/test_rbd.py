@@ -25,6 +25,8 @@ from tests.real.api import (
     Api,
     Created,
 )
+from tests.real.conftest import Connect
+from tests.real.other_driver import create, other_domain, taken_by
 from tests.real.places import refused
 
 VDB = "<disk><target dev='vdb'/></disk>"
@@ -245,3 +247,34 @@ async def test_several_disks_are_taken_while_the_guest_stands_still(
     own.writes_go_on()
     assert not snaps(ceph, "own-a")
     assert not snaps(ceph, "own-b")
+
+
+# -- a driver without QEMU -------------------------------------------------------------------------
+
+
+async def test_a_domain_that_qemu_does_not_run(
+    lab: Lab, connect: Connect, ceph: Ceph, tmp_path: Path
+) -> None:
+    """libvirt's test driver has no secrets; the key comes by way of Ceph's own file."""
+    content, new = tmp_path / "content", tmp_path / "new"
+    content.write_bytes(os.urandom(8 * MIB))
+    new.write_bytes(os.urandom(8 * MIB))
+    ceph.image("unrun", content)
+    source = f"<source protocol='rbd' name='vm/unrun'><config file='{ceph.conf}'/></source>"
+    async with taken_by("rbd", lab, connect, "network", source) as created:
+        assert snaps(ceph, "unrun") == {name_of(created): True}
+        run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", new, ceph.uri("unrun"))
+        taken = ceph.read(f"unrun@{name_of(created)}", tmp_path / "taken")
+        assert taken.read_bytes() == content.read_bytes()
+        assert ceph.read("unrun", tmp_path / "now").read_bytes() == new.read_bytes()
+    assert not snaps(ceph, "unrun")
+
+
+async def test_a_driver_that_has_no_secrets(lab: Lab, connect: Connect, ceph: Ceph) -> None:
+    ceph.disk("secretless", size_mib=8)
+    with other_domain(lab, "network", ceph.source("secretless")) as path:
+        api = await connect()
+        error = await refused(create(api, path), "StorageFailed")
+        assert "keeps no secrets" in error.text
+        assert not await api.snapshots()
+    assert not snaps(ceph, "secretless")

@@ -20,14 +20,14 @@ from lxml import etree
 
 from snapd_vm import storage
 from snapd_vm.engine.journal import Step
-from snapd_vm.model import domain_path
 from tests.lab.blockdev import Mounted
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
-from tests.real.api import DOMAIN, NAME, SNAPSHOT, VDA, Api, Created
+from tests.real.api import SNAPSHOT, Api, Created
 from tests.real.conftest import Connect
+from tests.real.other_driver import taken_by
 from tests.real.places import CONFIG, Places, image, refused, unchanged, with_image
 from tests.real.test_crash import FAULTY, faulty, unnamed
 from tests.real.test_whose_file import forge
@@ -524,23 +524,12 @@ async def test_what_is_not_provably_ours_is_left_alone(
 
 
 async def test_a_domain_that_qemu_does_not_run(
-    lab: Lab, faulty: Lab, connect: Connect, cloning: Mounted
+    lab: Lab, connect: Connect, cloning: Mounted
 ) -> None:
-    path, uuid = raw(cloning.path), str(uuids.uuid4())
-    node = lab.folder("node") / "node.xml"
-    node.write_text(
-        f"<node><domain type='test'><name>other</name><uuid>{uuid}</uuid>"
-        "<memory>1024</memory><os><type>hvm</type></os><devices><disk type='file' device='disk'>"
-        f"<driver name='any' type='raw'/><source file='{path}'/><target dev='vda'/></disk>"
-        "</devices></domain></node>"
-    )
-    faulty.daemon.start({"uri": f"test://{node}"}, argv=None)
-    api = await connect()
-    rows = (await api.call(domain_path(uuid), DOMAIN, "Disks"))[0]
-    assert [row["method"] for row in rows] == [default(cloning)]
-    answer = await api.call(domain_path(uuid), NAME, "Create", "sssu", VDA, "", "nightly", 0)
-    created = Created(*answer)
-    assert (created.modified_disk, created.ours("consistency")) == ("", "crash")
-    assert Path(created.file).read_bytes() == path.read_bytes()
-    await delete(api, created)
+    path = raw(cloning.path)
+    content = path.read_bytes()
+    source = f"<source file='{path}'/>"
+    async with taken_by(default(cloning), lab, connect, "file", source) as created:
+        path.write_bytes(b"something else")
+        assert Path(created.file).read_bytes() == content
     assert os.listdir(path.parent) == [path.name]
