@@ -21,6 +21,7 @@ from typing import Any
 SETTINGS = json.loads(Path(__file__).with_suffix(".json").read_text())
 FOLDER = Path(SETTINGS["folder"])
 MARK = "user.file-array"
+REVERTED = "user.file-array.reverted"
 
 
 def copy_of(snapshot: dict[str, Any]) -> Path:
@@ -100,9 +101,12 @@ def every() -> dict[str, Any]:
     return {"snapshots": found}
 
 
-def revert(snapshot: dict[str, Any]) -> dict[str, Any]:
-    words = ["cp", "--reflink=auto", copy_of(snapshot), snapshot["data"]["image"]]
-    subprocess.run(words, check=True)
+def revert(snapshot: dict[str, Any], revert_id: str) -> dict[str, Any]:
+    image = snapshot["data"]["image"]
+    if REVERTED in os.listxattr(image) and os.getxattr(image, REVERTED) == revert_id.encode():
+        return {}
+    subprocess.run(["cp", "--reflink=auto", copy_of(snapshot), image], check=True)
+    os.setxattr(image, REVERTED, revert_id.encode())
     return {}
 
 
@@ -169,7 +173,8 @@ def main() -> int:
     fault(request["operation"])
     if SETTINGS.get("faults", {}).get(request["operation"]) == "show-request":
         (FOLDER / "request.json").write_text(json.dumps(request))
-    answer = OPERATIONS[request["operation"]](*request["snapshots"])
+    more = [request["revert_id"]] if request["operation"] == "revert" else []
+    answer = OPERATIONS[request["operation"]](*request["snapshots"], *more)
     fault(f"after-{request['operation']}")
     print(json.dumps(answer))
     return 0

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from snapd_vm.engine.journal import RevertStep
+from snapd_vm.methods.outside import jsonform
 from snapd_vm.model import ROOT_PATH
 from tests.lab import allow
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
-from tests.lab.program import run
+from tests.lab.program import CHECKOUT, run
 from tests.real import images
 from tests.real.api import (
     DOMAIN,
@@ -43,6 +44,7 @@ from tests.real.test_crash import FAULTY, faulty
 
 __all__ = ["faulty"]
 
+SCHEMA = CHECKOUT / "data/executable-method.schema.json"
 LIMIT_S = 10
 """Of the frozen time: the program is started in it, and many other tests run beside these."""
 
@@ -429,6 +431,15 @@ async def test_a_disk_goes_back_to_it(api: Api, array: Array, own: Guest) -> Non
     await delete(api, created)
 
 
+def shown_to(array: Array) -> dict[str, Any]:
+    """The request that the program was to show, which is of the form that the schema has."""
+    path = array.folder / "request.json"
+    shown: dict[str, Any] = json.loads(path.read_text())
+    jsonform.Form(json.loads(SCHEMA.read_text())).check(shown, "#/$defs/request")
+    path.unlink()
+    return shown
+
+
 @pytest.mark.parametrize("step", [RevertStep.PREPARED])
 async def test_killed_in_a_revert_at(
     connect: Connect, faulty: Lab, own: Guest, step: RevertStep
@@ -445,6 +456,45 @@ async def test_killed_in_a_revert_at(
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
     faulty.daemon.start(array.config)
     assert await state_of(api, created.snapshot) == "ready"
+    own.start()
+    assert own.read("vda", "mark") == "before"
+    await delete(api, created)
+    assert array.copies == set()
+
+
+async def test_a_revert_whose_answer_was_lost_is_not_done_twice(
+    connect: Connect, faulty: Lab, own: Guest
+) -> None:
+    """The daemon is killed with it, the guest runs, and the next daemon asks for it again."""
+    array = installed(faulty, reverts=True)
+    faulty.daemon.start(array.config)
+    api = await connect()
+    own.write("vda", "mark", "before")
+    created = await api.create(own, method_xml=METHOD, flags=QUIESCE_REQUIRED)
+    own.write("vda", "mark", "after")
+    own.poweroff()
+    array.faults(**{"after-revert": "kill-daemon"})
+    with pytest.raises(ApiError):
+        await api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0)
+    wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
+    own.start()
+    assert own.read("vda", "mark") == "before"
+    own.write("vda", "mark", "since")
+    own.poweroff()
+    array.faults()
+    faulty.daemon.start(array.config)
+    api = await connect()
+    deadline = time.monotonic() + 60
+    while await state_of(api, created.snapshot) != "ready":
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    own.start()
+    assert own.read("vda", "mark") == "since"
+    own.poweroff()
+    array.faults(revert="show-request")
+    await api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0)  # another one is done
+    shown = shown_to(array)
+    assert shown["revert_id"]
     own.start()
     assert own.read("vda", "mark") == "before"
     await delete(api, created)
@@ -471,9 +521,9 @@ async def test_its_own_schema_says_what_its_element_may_hold(
     for inside in ("<volume/>", "<volume lun='1'><x/></volume>", "<other/>", "text"):
         await refused(api.plan(own, method_xml=asked.format(inside)), "InvalidXML")
     await api.plan(own, method_xml=asked.format("<volume lun='3'>gold</volume>"))
-    shown = json.loads((array.folder / "request.json").read_text())
+    shown = shown_to(array)
     assert shown["snapshots"][0]["options"] == {"volume/@lun": "3", "volume": "gold"}
-    (array.folder / "request.json").unlink()
+    assert "revert_id" not in shown
     lab.polkit.rules(allow("nobody", f"{BUS_NAME}.create"))
     try:
         for inside, may in (("", True), ("<volume lun='3'/>", False)):

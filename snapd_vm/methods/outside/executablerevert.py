@@ -1,12 +1,14 @@
 """Brings a disk back to a snapshot by a program that knows how, the domain being off.
 
 Nobody can see how far a revert came that was cut off, so it is asked for again until the program
-has said yes, or that it can't, which it may say only where the disk is as it was.
+has said yes, or that it can't, which it may say only where the disk is as it was. Its answer may
+have been lost, so a revert has an ID by which the program can tell one that it has done.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import uuid as uuids
 from collections.abc import Sequence
 from enum import Enum, auto
 
@@ -60,7 +62,7 @@ class RevertingExecutable(Executable):
 
     def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
         """From here on the disk may be another, as far as a daemon that is killed can tell."""
-        begun = dataclasses.replace(target, data={**target.data, "reverting": True})
+        begun = dataclasses.replace(target, data={**target.data, "reverting": str(uuids.uuid4())})
         self._come[tag.uuid] = _Come.NOT_ASKED
         record([begun])
         return begun
@@ -93,7 +95,9 @@ class RevertingExecutable(Executable):
         off.check_off(self.hypervisor, self.hypervisor.read(tag.domain_uuid))
         self._come[tag.uuid] = _Come.ASKED
         try:
-            self.alone().ask("revert", [Asked.of(target).snapshot])
+            self.alone().ask(
+                "revert", [Asked.of(target).snapshot], revert_id=str(target.data["reverting"])
+            )
         except Refused as refused:
             self._come[tag.uuid] = _Come.REFUSED
             raise refused.error from None

@@ -74,17 +74,20 @@ class Program:
         *,
         limit: float | None = None,
         said: list[str] | None = None,
+        revert_id: str = "",
     ) -> Mapping[str, Any]:
         """Run it for one operation, for at most `limit` seconds; its answer, of the right form.
 
-        Its stderr goes to the log; with `said`, its lines are left there, to be told later. Raises
-        Refused where it answers with an error, TimedOut, and StorageFailed for all else.
+        Its stderr goes to the log; with `said`, its lines are left there, to be told later. A
+        revert, and no other, has a `revert_id`. Raises Refused where it answers with an error,
+        TimedOut, and StorageFailed for all else.
         """
         request = {
             "protocol": PROTOCOL,
             "method": self.name,
             "operation": operation,
             "snapshots": snapshots,
+            **({"revert_id": revert_id} if revert_id else {}),
         }
         lines: list[str] = []
         try:
