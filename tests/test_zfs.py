@@ -299,9 +299,9 @@ def test_a_disk_that_is_not_on_zfs_starts_no_program(programs: Programs, tmp_pat
     domain = Domain(UUID, "web", -1, "shutoff", "qemu", True, (disk,))
     tag = Tag(UUID, "x", UUID, "web", 1)
     with pytest.raises(MethodNotSupported):
-        zfsclaim.claim(domain, disk, tag, asked=True, named="", mount=False)
+        zfsclaim.claim(domain, disk, tag, asked=True, named="")
     with pytest.raises(SnapdError) as error:
-        zfsclaim.claim(domain, disk, tag, asked=True, named="tank/vm", mount=False)
+        zfsclaim.claim(domain, disk, tag, asked=True, named="tank/vm")
     assert error.value.dbus_name.endswith("NotUnderDisk")
     assert not programs.ran
 

@@ -312,6 +312,55 @@ async def test_a_dataset_whose_root_no_mount_shows(
         run("zfs", "mount", dataset)
 
 
+@pytest.fixture
+def no_automount(lab: Lab) -> Iterator[None]:
+    """The kernel can't mount a snapshot that somebody enters: the `env mount` it starts fails."""
+    env = Path("/usr/bin/env")
+    folder = lab.folder("env")
+    shutil.copy(env, folder / "env")
+    script = folder / "fails"
+    script.write_text(f'#!/bin/sh\n[ "$1" != mount ] || exit 1\nexec {folder}/env "$@"\n')
+    script.chmod(0o755)
+    run("mount", "--bind", script, env)
+    yield
+    run("umount", env)
+
+
+async def test_a_snapshot_that_the_kernel_can_not_show(
+    api: Api, lab: Lab, connect: Connect, places: Places, pool: Pool, no_automount: None
+) -> None:
+    """It is mounted by us in the same place, in the very Create, and found and mounted again."""
+    dataset, root = new(pool)
+    path, other = raw(root), raw(root)
+    guest = await guest_on(api, places, path, other)
+    before, content = pool.everything(), path.read_bytes()
+    run("zfs", "snapshot", f"{dataset}@unseen")
+    with pytest.raises(OSError, match="No such file"):
+        (root / ".zfs/snapshot/unseen" / path.relative_to(root)).read_bytes()
+    run("zfs", "destroy", f"{dataset}@unseen")
+    pairs = await api.create_set(guest, "vda", "vdb")
+    created = pairs[0][1]
+    path.write_bytes(b"something else")
+    (snapshot,) = pool.snapshots()
+    folder = root / ".zfs/snapshot" / snapshot.partition("@")[2]
+    assert created.file == str(folder / path.relative_to(root))
+    assert Path(created.file).read_bytes() == content
+    run("umount", folder)  # as after a restart of the host
+    with pytest.raises(OSError, match="No such file"):
+        Path(created.file).read_bytes()
+    lab.daemon.restart()
+    api = await connect()
+    assert await api.backup_source(created.snapshot) == created.backup_source
+    assert Path(created.file).read_bytes() == content
+    await delete(api, created)
+    assert Path(pairs[1][1].file).read_bytes() == other.read_bytes()
+    with Path(pairs[1][1].file).open("rb"):
+        await refused(delete(api, pairs[1][1]), "Busy")
+    await delete(api, pairs[1][1])
+    assert pool.everything() == before
+    assert not run("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").count("@")
+
+
 async def test_a_chain_is_taken_if_it_is_wholly_in_the_dataset(
     api: Api, places: Places, pool: Pool
 ) -> None:
@@ -674,8 +723,9 @@ async def test_killed_in_a_revert(
 
 
 async def test_found_again_with_the_database_lost(
-    lab: Lab, connect: Connect, api: Api, places: Places, pool: Pool
+    lab: Lab, connect: Connect, api: Api, places: Places, pool: Pool, no_automount: None
 ) -> None:
+    """What we have mounted of them too."""
     (_, root), (vol, device) = new(pool), volume(pool)
     before = pool.everything()
     guest = await guest_on(api, places, raw(root), device)
@@ -720,7 +770,7 @@ async def test_to_choose_starts_no_program(
     )
     domain = Domain(tag.domain_uuid, "web", -1, "shutoff", "test", True, disks)
     for disk, holder in zip(disks, (dataset, vol), strict=True):
-        target = zfsclaim.claim(domain, disk, tag, asked=False, named="", mount=False)
+        target = zfsclaim.claim(domain, disk, tag, asked=False, named="")
         assert target.data["dataset"] == holder
     assert zfsplace.volume_at(str(device.resolve())) == vol
     assert not zfsdataset.suspended()

@@ -52,7 +52,6 @@ class Zfs:
         self._low_space_percent = low_space_percent
         self._listed = Recent(lambda dataset: zfsdataset.listed([dataset]))
         self._rooms = Recent(lambda dataset: zfsdataset.rooms([dataset])[dataset])
-        self._not_shown: set[str] = set()  # datasets of which the kernel can't show a snapshot
 
     def together(self, targets: Sequence[Target]) -> bool:
         """What is in one pool is taken at one instant."""
@@ -69,15 +68,12 @@ class Zfs:
         asked = request is not None
         named = request.options.get("dataset", "") if request is not None else ""
         try:
-            target = zfsclaim.claim(domain, disk, tag, asked=asked, named=named, mount=False)
-            if ZfsTarget.of(target).dataset in self._not_shown:
-                target = zfsclaim.claim(domain, disk, tag, asked=asked, named=named, mount=True)
+            return zfsclaim.claim(domain, disk, tag, asked=asked, named=named)
         except MethodNotSupported as error:
             if asked:
                 raise
             log.debug("disk %s of domain %s: %s", disk.target, domain.name, error)
             return None
-        return target
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The same file inside the snapshot, or the clone's device."""
@@ -127,8 +123,7 @@ class Zfs:
         try:
             root = zfsview.open_root(one)
         except StorageFailed as error:
-            log.warning("%s can't be read, the next one is mounted by us: %s", one.full, error)
-            self._not_shown.add(one.dataset)
+            log.warning("%s can't be read: %s", one.full, error)
             return False
         try:
             return _holds(root, one)
@@ -306,7 +301,7 @@ def _user(one: ZfsTarget, domains: Iterable[Domain]) -> str:
         if disk.path and not disk.readonly and (found := storage.file_id(disk.path)) is not None
     ]
     # Only now, as a snapshot is mounted by whoever asks for a file in it.
-    device = zfsview.device(one) if one.is_volume else zfsview.mounted_at(one)
+    device = zfsview.device(one)
     for found, user in images:
         if (found.device, found.inode == 0) == (device, one.is_volume):
             return user

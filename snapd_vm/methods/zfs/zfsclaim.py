@@ -29,16 +29,15 @@ MOUNTS = "/run/snapd-vm/zfs"
 """Where a snapshot is mounted that the kernel does not show."""
 
 
-def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str, mount: bool) -> Target:
+def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str) -> Target:
     """The Target of a disk that is in a dataset or is a volume, see ZfsTarget.
 
     `asked`: the caller named the method, and perhaps the dataset (`named`), which is compared with
-    the disk's. `mount`: the kernel's own way to show a snapshot is not used. Raises
-    MethodNotSupported, NotUnderDisk and StorageFailed.
+    the disk's. Raises MethodNotSupported, NotUnderDisk and StorageFailed.
     """
     takes = {"file": "files", "block": "volumes"}
     taken.check_fit(disk, "zfs", takes, chain.FORMATS if asked else taken.RAW)
-    found = _volume(disk, tag) if disk.type == "block" else _file(disk, tag, named, mount)
+    found = _volume(disk, tag) if disk.type == "block" else _file(disk, tag, named)
     dataset = str(found["dataset"])
     if named and named != dataset:
         raise NotUnderDisk(
@@ -91,7 +90,7 @@ def _lies_on_others(disk: Disk) -> bool:
         os.close(fd)
 
 
-def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
+def _file(disk: Disk, tag: Tag, named: str) -> dict[str, Json]:
     """What a Target has of a file."""
     image = os.path.realpath(disk.path)
     fd = taken.open_image(disk, image)
@@ -109,7 +108,7 @@ def _file(disk: Disk, tag: Tag, named: str, mount: bool) -> dict[str, Json]:
     root = zfsplace.open_root(place.root, place.dataset)
     taken.check_chain(root, place.below, disk, named=bool(named))
     name = f"snapd-vm-{tag.operation or tag.uuid}"
-    shown = bool(place.snapshots) and not mount
+    shown = bool(place.snapshots)
     folder = os.path.join(place.snapshots, name)
     if not shown and not hostmount.possible():
         raise MethodNotSupported(

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Iterable, Iterator
 
-from snapd_vm import storage
+from snapd_vm import mounts, storage
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods import taken
 from snapd_vm.methods.method import Stored
@@ -47,6 +47,8 @@ def stored(domains: Iterable[Domain]) -> Iterator[Stored]:
         words = [f"zfs release {zfsdataset.HOLD} {shlex.quote(name)}"]
         if clone in snapshot.clones:
             words.insert(0, f"zfs destroy {shlex.quote(clone)}")
+        mounted = [m.point for m in mounts.table() if (m.type, m.source) == ("zfs", name)]
+        words[:0] = [f"umount {shlex.quote(point)}" for point in mounted]
         yield Stored(
             name,
             own.removeprefix("snapd-vm-"),

@@ -19,6 +19,7 @@ from snapd_vm.errors import Busy, NameInUse, StorageFailed, TimedOut
 from snapd_vm.methods import hostmount
 from snapd_vm.methods.zfs import zfsdataset, zfsplace
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget, device_of
+from snapd_vm.mounts import Mount
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +39,36 @@ def show(one: ZfsTarget) -> None:
 def open_root(one: ZfsTarget) -> int:
     """A descriptor of the root folder of the snapshot of a dataset. Raises StorageFailed.
 
-    To open it has the kernel mount it, where it is one of the `.zfs/snapshot`.
+    To open it has the kernel mount it, where it is one of the `.zfs/snapshot`; what it can't (it
+    starts a program for it, which can be missing or forbidden) is done here, in the same place.
     """
-    if one.mounted and not mounted_at(one):
+    if one.mounted and mount_of(one) is None:
+        _make_folder(one.folder)
         _mount(one)
+    try:
+        return zfsplace.open_root(one.folder, one.full)
+    except StorageFailed as error:
+        if one.mounted or zfsdataset.look(one.full) is None:
+            raise
+        log.info("the kernel does not show %s: %s", one.full, error)
+    _mount(one)
     return zfsplace.open_root(one.folder, one.full)
 
 
-def mounted_at(one: ZfsTarget) -> int | None:
-    """The device (st_dev) of the snapshot, if it is mounted where it is read; nothing is mounted
-    by the question.
-    """
+def mount_of(one: ZfsTarget) -> Mount | None:
+    """The mount of the snapshot where it is read, if it is there; the question mounts nothing."""
     found = [m for m in mounts.table() if (m.type, m.source) == ("zfs", one.full)]
-    return next((mount.device for mount in found if mount.point == one.folder), None)
+    return next((mount for mount in found if mount.point == one.folder), None)
 
 
 def device(one: ZfsTarget) -> int | None:
-    """The number of the clone's device, if it is there, is that clone's, and is read-only."""
+    """The number of what shows it, if it is there, as it was made; the question mounts nothing.
+
+    Of a file st_dev of the mount; of a volume the clone's device, if it is that, and read-only.
+    """
+    if not one.is_volume:
+        mount = mount_of(one)
+        return mount.device if mount is not None else None
     path = device_of(one.clone)
     found = storage.file_id(path)
     if found is None or not zfsplace.is_volume(path) or zfsplace.volume_at(path) != one.clone:
@@ -67,14 +81,14 @@ def user(one: ZfsTarget) -> str:
     if one.is_volume:
         return storage.reader_of(one.path, "")
     if one.shared:
-        return storage.reader_of(one.path, "") if mounted_at(one) is not None else ""
+        return storage.reader_of(one.path, "") if device(one) is not None else ""
     shown = f"/.zfs/snapshot/{one.name}"  # the kernel's own, which goes by itself
     for mount in mounts.table():
         if (mount.type, mount.source) != ("zfs", one.full) or mount.point == one.folder:
             continue
         if not mount.point.endswith(shown):
             return f"a mount on {mount.point}"
-    root = mounted_at(one)
+    root = device(one)
     return storage.reader_in(root) if root is not None else ""
 
 
@@ -84,8 +98,10 @@ def hide(one: ZfsTarget) -> None:
         if zfsdataset.is_clone(one.clone, one.full):
             destroy(one.clone)
         return
+    mount = mount_of(one)
+    if mount is not None and set(hostmount.SAFE.split(",")) <= set(mount.options):
+        hostmount.unmount(one.folder, "The snapshot")  # the kernel's own goes with the snapshot
     if one.mounted:
-        hostmount.unmount(one.folder, "The snapshot")
         hostmount.remove(one.folder)
 
 
@@ -138,14 +154,17 @@ def _wait_for_device(one: ZfsTarget, deadline: float) -> None:
         time.sleep(0.02)
 
 
-def _mount(one: ZfsTarget) -> None:
-    os.makedirs(os.path.dirname(one.folder), 0o700, exist_ok=True)
-    with storage.open_folder(os.path.dirname(one.folder), {0}, {0}, "make it root's own") as place:
+def _make_folder(path: str) -> None:
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with storage.open_folder(os.path.dirname(path), {0}, {0}, "make it root's own") as place:
         with contextlib.suppress(FileExistsError):
-            os.mkdir(os.path.basename(one.folder), 0o700, dir_fd=place)
+            os.mkdir(os.path.basename(path), 0o700, dir_fd=place)
+
+
+def _mount(one: ZfsTarget) -> None:
     # systemd-mount(1) would make a unit of it, if it took for a source what is no path.
     argv = ["mount", "-t", "zfs", "-o", hostmount.SAFE, "--", one.full, one.folder]
     hostmount.run(argv, f"The snapshot can't be mounted on {one.folder}")
-    if mounted_at(one) is None:
+    if mount_of(one) is None:
         raise StorageFailed("The snapshot was mounted where the daemon does not see it.")
     log.info("mounted %s", one.full)
