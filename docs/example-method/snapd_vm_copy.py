@@ -20,6 +20,7 @@ from snapd_vm.methods.plugin import (
     Context,
     Disk,
     Domain,
+    InvalidState,
     Json,
     MethodNotSupported,
     MethodRequest,
@@ -227,6 +228,86 @@ class Copy:
             words = shlex.join(["rm", "-f", "--", str(path)])
             yield Stored(str(path), uuid, label, domain, "nobody uses it", words)
 
+    # -- Reverts: another copy takes the image's place, the domain being off ---------------------
+
+    def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:
+        """The disk must be the one that the snapshot is of, nobody's else, and there be room."""
+        image, domain = _text(target, "image"), self._off(tag)
+        disk = domain.disk(target.disk)
+        if disk is None or os.path.realpath(disk.path) != image:
+            raise InvalidState(f"Disk {target.disk} has another image now; there is no way back.")
+        who = self._context.other_user_of(domain, disk) or self._context.reader_of(image)
+        if who:
+            raise Busy(f"The image of disk {target.disk} is also used by {who}.")
+        try:
+            needed = os.stat(_text(target, "copy")).st_blocks * 512
+            available = shutil.disk_usage(os.path.dirname(image)).free
+        except OSError as error:
+            raise StorageFailed(f"The snapshot can't be used: {error.strerror}.") from error
+        if needed > available:
+            raise NoSpace(f"The revert needs {needed} bytes, and {available} are free; make room.")
+        return target
+
+    def prepare_revert(self, target: Target, tag: Tag, record: Record) -> Target:
+        """A copy beside the image, which has a name once the journal knows it by its inode."""
+        image = _text(target, "image")
+        try:
+            was = os.stat(image)
+            fd = os.open(os.path.dirname(image), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                target = dataclasses.replace(
+                    target, data={**target.data, "new": os.fstat(fd).st_ino}
+                )
+                record([target])
+                _copy(_text(target, "copy"), fd)
+                os.fchown(fd, was.st_uid, was.st_gid)
+                os.fchmod(fd, stat.S_IMODE(was.st_mode))
+                os.fsync(fd)
+                _give_name(fd, _beside(target))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            kind = NoSpace if error.errno == errno.ENOSPC else StorageFailed
+            raise kind(f"The snapshot can't be copied back: {error.strerror}.") from error
+        return target
+
+    def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
+        """At one instant, so that there is nothing in between."""
+        watch.past_return()
+        self._off(tag)
+        try:
+            os.replace(_beside(target), _text(target, "image"))
+            _sync(os.path.dirname(_text(target, "image")))
+        except OSError as error:
+            raise StorageFailed(f"The image can't be replaced: {error.strerror}.") from error
+
+    def settle_revert(self, target: Target, tag: Tag) -> bool:
+        """The image is the new file, or that is not needed any more."""
+        new = target.data.get("new")
+        if new is None:
+            return False
+        if _inode(_text(target, "image")) == new:
+            return True
+        if _inode(_beside(target)) == new:
+            try:
+                os.unlink(_beside(target))
+            except OSError as error:
+                raise StorageFailed(f"A copy can't be removed: {error.strerror}.") from error
+        return False
+
+    def reverted(self, target: Target, other: Target) -> Target | None:
+        """All copies are what they were."""
+        return None
+
+    def among(self, target: Target, others: Sequence[Target]) -> Target:
+        """No copy depends on another."""
+        return target
+
+    def _off(self, tag: Tag) -> Domain:
+        domain = self._context.domain(tag.domain_uuid)
+        self._context.check_off(domain)
+        return domain
+
     def _remove(self, target: Target) -> bool:
         if not _is_ours(target):
             return False
@@ -250,10 +331,19 @@ def _text(target: Target, key: str) -> str:
 
 def _is_ours(target: Target) -> bool:
     """Whether what has the copy's name is the file that was made: told by its inode."""
+    return "made" in target.data and _inode(_text(target, "copy")) == target.data["made"]
+
+
+def _inode(path: str) -> int | None:
     try:
-        return os.lstat(_text(target, "copy")).st_ino == target.data.get("made")
+        return os.lstat(path).st_ino
     except OSError:
-        return False
+        return None
+
+
+def _beside(target: Target) -> str:
+    """The copy that is to take the image's place."""
+    return f"{_text(target, 'image')}.{os.path.basename(_text(target, 'copy'))}"
 
 
 def _stat(target: Target) -> os.stat_result:

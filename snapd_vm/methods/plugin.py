@@ -57,6 +57,8 @@ class Context:
     """Run a program (a list of arguments, no shell) for at most so many seconds; StorageFailed."""
     user_of: Callable[[str], str]
     """Which domain's definition, or image, has a file or device in its chain, in words; or ''."""
+    other_user_of: Callable[[Domain, Disk], str]
+    """The same of a disk's image, but for this very disk."""
     reader_of: Callable[[str], str]
     """Which process or kernel device has it open, in words; or ''."""
     domain: Callable[[str], Domain]

@@ -563,3 +563,6 @@ STORAGES: Mapping[str, Callable[[Lab], AbstractContextManager[Storage]]] = {
     "copy": lambda lab: _mounted(lab, "ext4", 300, _plugin),
 }
 """What makes each, with its guest, and takes it away."""
+
+NAMES = os.environ.get("SNAPD_VM_STORAGES", "qemu,reflink,btrfs,rbd,array,copy").split(",")
+"""Those of a run of the tests: all that this kernel has, unless the host VM's."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 import shutil
 import sqlite3
@@ -36,10 +35,9 @@ from tests.real.api import (
     path_of,
 )
 from tests.real.conftest import Connect
-from tests.real.storages import STORAGES, Copies, Storage, env_of, xml_of
+from tests.real.storages import NAMES, STORAGES, Copies, Storage, env_of, xml_of
 from tests.real.test_crash import FAULTY
 
-NAMES = os.environ.get("SNAPD_VM_STORAGES", "qemu,reflink,btrfs,rbd,array,copy").split(",")
 COMMAND = re.compile(r"this would remove it: (.*?) MESSAGE_ID=")
 SIZE = 64 << 20
 KILLS = 5

@@ -37,9 +37,8 @@ from tests.lab.program import run
 from tests.real import images
 from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.places import file_of
-from tests.real.storages import STORAGES, Storage, env_of, takes_back_only_newest
+from tests.real.storages import NAMES, STORAGES, Storage, env_of, takes_back_only_newest
 
-NAMES = os.environ.get("SNAPD_VM_STORAGES", "qemu,reflink,btrfs,rbd,array").split(",")
 ALL = float(os.environ.get("SNAPD_VM_MODEL_S") or (600 if os.environ.get("CI") else 60))
 SECONDS = ALL / len(NAMES)
 P = ParamSpec("P")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from snapd_vm.engine.journal import Step
+from snapd_vm.engine.journal import RevertStep, Step
 from snapd_vm.model import ROOT_PATH
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
@@ -17,10 +18,11 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
-from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
+from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.arrays import COPY, COPY_METHOD, Plugin
 from tests.real.conftest import Connect
-from tests.real.places import refused, unchanged
+from tests.real.other_driver import DAEMON
+from tests.real.places import Places, file_of, refused, unchanged, with_image
 from tests.real.test_crash import FAULTY, faulty
 
 __all__ = ["faulty"]
@@ -115,6 +117,103 @@ async def test_killed_at(
         await api.call(path, SNAPSHOT, "Delete", "u", 0)
     assert plugin.copies == set()
 
+
+# -- the disk goes back to it ----------------------------------------------------------------------
+
+
+def image_of(guest: Guest) -> Path:
+    """Of vda."""
+    return Path(file_of(guest))
+
+
+def beside(guest: Guest) -> set[str]:
+    """The names of all that is in the folder of the images."""
+    return {path.name for path in image_of(guest).parent.iterdir()}
+
+
+async def test_a_disk_goes_back_to_it(api: Api, plugin: Plugin, own: Guest, lab: Lab) -> None:
+    image, names = image_of(own), beside(own)
+    own.write("vda", "mark", "before")
+    created = await api.create(own, method_xml=COPY_METHOD, flags=QUIESCE_REQUIRED)
+    own.write("vda", "mark", "after")
+    later = await api.create(own, method_xml=COPY_METHOD, flags=QUIESCE_REQUIRED)
+    go_back = (created.snapshot, SNAPSHOT, "Revert", "u", 0)
+    await refused(api.call(*go_back), "InvalidState")
+    own.poweroff()
+    was = image.stat()
+    with image.open("rb"):
+        await refused(api.call(*go_back), "Busy")
+    assert image.stat().st_ino == was.st_ino
+    await api.call(*go_back)
+    now = image.stat()
+    assert now.st_ino != was.st_ino
+    assert (now.st_uid, now.st_gid, now.st_mode) == (was.st_uid, was.st_gid, was.st_mode)
+    assert beside(own) == names
+    own.start()
+    assert own.read("vda", "mark") == "before"
+    own.poweroff()
+    await api.call(later.snapshot, SNAPSHOT, "Revert", "u", 0)
+    own.start()
+    assert own.read("vda", "mark") == "after"
+    for made in (created, later):
+        await api.call(made.snapshot, SNAPSHOT, "Delete", "u", 0)
+    assert plugin.copies == set()
+
+
+async def test_it_does_not_go_back_where_another_has_the_image(
+    api: Api, plugin: Plugin, own: Guest, lab: Lab
+) -> None:
+    created = await api.create(own, method_xml=COPY_METHOD, flags=NO_QUIESCE)
+    own.poweroff()
+    places = Places(lab)
+    try:
+        other = places.guest(with_image(image_of(own), "raw"))
+        await places.known(api)
+        error = await refused(api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0), "Busy")
+        assert other.name in error.text
+    finally:
+        places.forget()
+    await api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0)
+    own.start()
+    await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+
+
+@pytest.mark.parametrize("step", list(RevertStep))
+async def test_killed_in_a_revert_at(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest, step: RevertStep
+) -> None:
+    plugin, names = Plugin.install(lab), beside(own)
+    argv = (*FAULTY, "--at", step, "--do", "kill")
+    faulty.daemon.start(plugin.config, argv=argv, env=plugin.env)
+    api = await connect()
+    own.write("vda", "mark", "before")
+    created = await api.create(own, method_xml=COPY_METHOD, flags=QUIESCE_REQUIRED)
+    own.write("vda", "mark", "after")
+    own.poweroff()
+    with pytest.raises(ApiError):
+        await api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0)
+    wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
+    faulty.daemon.start(plugin.config, argv=DAEMON, env=plugin.env)
+    api = await connect()
+    await ready(api, created)
+    assert beside(own) == names
+    own.start()
+    steps = list(RevertStep)
+    done = steps.index(step) >= steps.index(RevertStep.SWITCHED)
+    assert own.read("vda", "mark") == ("before" if done else "after")
+    await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+    assert plugin.copies == set()
+
+
+async def ready(api: Api, created: Created) -> None:
+    """Wait until what an earlier daemon had begun is settled."""
+    deadline = asyncio.get_running_loop().time() + 60
+    while (await api.properties(created.snapshot, SNAPSHOT))["State"] != "ready":
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.1)
+
+
+# -- others, that are worse ------------------------------------------------------------------------
 
 ODD = """
 from snapd_vm.methods import plugin
@@ -273,3 +372,59 @@ async def test_one_that_misbehaves_harms_nobody(
     await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
     for path in Path(made.folder).iterdir():
         path.unlink()
+
+
+ODD_METHOD = "<diskSnapshot method='odd'/>"
+
+
+@pytest.mark.parametrize(
+    ("member", "does"),
+    [
+        ("check_revert", "return 7"),
+        ("prepare_revert", "raise KeyError('a secret')"),
+        ("revert", "raise SystemExit(1)"),
+    ],
+)
+async def test_a_revert_by_one_that_misbehaves_is_undone(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest, member: str, does: str
+) -> None:
+    made = odd(lab, Plugin.install(lab), "odd", member, does)
+    faulty.daemon.start(made.config, env=made.env)
+    api = await connect()
+    created = await api.create(own, method_xml=ODD_METHOD, flags=NO_QUIESCE)
+    own.poweroff()
+    names, inode = beside(own), image_of(own).stat().st_ino
+    error = await refused(api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0), "Internal")
+    assert "secret" not in error.text
+    assert f"method odd made a mistake in {member}" in faulty.daemon.log_of_this_life
+    assert (beside(own), image_of(own).stat().st_ino) == (names, inode)
+    own.start()
+    await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+
+
+async def test_one_is_asked_to_forget_a_revert_until_it_has(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest
+) -> None:
+    """The disk is reverted meanwhile, and that is not done a second time."""
+    notes = lab.folder("odd-notes") / "forgotten"
+    notes.unlink(missing_ok=True)
+    does = (
+        f"import pathlib; notes = pathlib.Path({str(notes)!r}); times = len(notes.read_text()) "
+        "if notes.exists() else 0; notes.write_text('x' * (times + 1)); 1 / times"
+    )
+    made = odd(lab, Plugin.install(lab), "odd", "forget_revert", does)
+    faulty.daemon.start(made.config, env=made.env)
+    api = await connect()
+    created = await api.create(own, method_xml=ODD_METHOD, flags=NO_QUIESCE)
+    assert not notes.exists()
+    own.poweroff()
+    was = image_of(own).stat().st_ino
+    await refused(api.call(created.snapshot, SNAPSHOT, "Revert", "u", 0), "Internal")
+    now = image_of(own).stat().st_ino
+    assert now != was
+    await ready(api, created)
+    assert notes.read_text() == "xx"
+    assert "method odd made a mistake in forget_revert" in faulty.daemon.log_of_this_life
+    assert image_of(own).stat().st_ino == now
+    own.start()
+    await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)

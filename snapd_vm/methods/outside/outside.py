@@ -170,6 +170,7 @@ def _context(name: str, options: Any, hypervisor: Hypervisor) -> Any:
         log=logging.getLogger(f"snapd_vm.plugins.{name}"),
         run=run,
         user_of=lambda path: hypervisor.user_of(path, "", ""),
+        other_user_of=lambda domain, disk: hypervisor.user_of(disk.path, domain.uuid, disk.target),
         reader_of=lambda path: storage.reader_of(path, ""),
         domain=hypervisor.read,
         check_off=lambda domain: off.check_off(hypervisor, domain),
