@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ import pytest
 
 from snapd_vm.engine.journal import DeleteStep, RevertStep, Step
 from tests.inside_vm.test_lvm import group, guest_on, nothing_left
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -26,7 +26,7 @@ from tests.real.api import SNAPSHOT, Api, ApiError, Created
 from tests.real.conftest import Connect, connect, lab
 from tests.real.places import Places, refused
 from tests.real.test_crash import FAULTY, faulty
-from tests.real.test_delete import DAEMON, delete
+from tests.real.test_delete import delete
 from tests.real.test_revert import places, revert
 from tests.real.test_revert_faults import AS_IT_WAS
 
@@ -223,7 +223,7 @@ async def test_the_thaw_after_the_daemons_end_lets_the_volume_go_on(
     await refused(api.create(guest), GONE)
     run("dmsetup", "suspend", device)  # as an lvcreate leaves it that is killed in the middle
     assert group.suspended()
-    argv = [sys.executable, "-m", "snapd_vm", "daemon", "--thaw-held"]
+    argv = [*DAEMON, "--thaw-held"]
     argv += ["--config", str(faulty.daemon.config_file)]
     done = attempt(argv, env=faulty.bus.env, timeout=120)
     assert (done.returncode, group.suspended()) == (0, []), done.stderr

@@ -47,5 +47,7 @@ async def test_a_hundred_of_a_hundred_are_whole(
 ) -> None:
     writing: Guest = request.getfixturevalue(f"on_{method}")
     lab.daemon.start(IN_A_VM)
-    await all_are_whole(await connect(), writing, f"<diskSnapshot method='{method}'/>", scratch)
-    lab.daemon.stop()
+    try:
+        await all_are_whole(await connect(), writing, f"<diskSnapshot method='{method}'/>", scratch)
+    finally:
+        lab.daemon.stop()

@@ -20,6 +20,7 @@ from snapd_vm import command
 from snapd_vm.engine.journal import DeleteStep, RevertStep, Step
 from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsplace
 from snapd_vm.model import Disk, Domain, Tag
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -29,7 +30,7 @@ from tests.lab.program import attempt, run
 from tests.lab.zpool import Pool, make_pool
 from tests.real.api import DOMAIN, SNAPSHOT, Api, ApiError, Created, path_of
 from tests.real.conftest import Connect, connect, lab
-from tests.real.other_driver import DAEMON, taken_by
+from tests.real.other_driver import taken_by
 from tests.real.places import CONFIG, Places, image, refused, unchanged, with_image
 
 __all__ = ["connect", "lab"]

@@ -16,7 +16,7 @@ from tests.lab.process import Process, end, tail
 from tests.lab.program import CHECKOUT
 from tests.lab.run import Run
 
-ARGV = (sys.executable, "-m", "snapd_vm", "daemon")
+DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 LIMITS = {"snapshot_limit": 1000, "chain_limit": 200}
 """Tests that share a guest make more snapshots of it than anybody should."""
 
@@ -57,7 +57,7 @@ class Daemon:
         self.log_file = run.folder / "daemon.log"
         self._begin = 0  # of this life's part of the log
         self.config: dict[str, Any] = {}
-        self.argv: Sequence[str | Path] = ARGV
+        self.argv: Sequence[str | Path] = DAEMON
         self.env: Mapping[str, str] = {}
 
     @property
@@ -110,7 +110,7 @@ class Daemon:
         if self.running:
             raise LabError("the daemon runs already")
         if config is not None or argv is not None or env is not None:
-            self.config, self.argv, self.env = dict(config or {}), argv or ARGV, env or {}
+            self.config, self.argv, self.env = dict(config or {}), argv or DAEMON, env or {}
         own = {"uri": self._libvirtd.uri, "state_dir": str(self.state_dir), **LIMITS}
         whole = {**own, **self.config}
         self.config_file.write_text(toml(whole))

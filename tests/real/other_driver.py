@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import uuid as uuids
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from snapd_vm.model import domain_path
+from tests.lab.daemon import DAEMON
 from tests.lab.lab import Lab
 from tests.real.api import DOMAIN, NAME, SNAPSHOT, VDA, Api, Created
 from tests.real.conftest import Connect
-
-DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 
 
 @contextmanager

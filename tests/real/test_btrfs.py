@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from snapd_vm.engine.journal import DeleteStep, Step
 from snapd_vm.methods.btrfs import subvolume
 from tests.lab.blockdev import Mounted
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -35,7 +35,6 @@ __all__ = ["faulty"]
 
 VDB = "<disk><target dev='vdb'/></disk>"
 MIB = 1 << 20
-DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 from lxml import etree
 
 from snapd_vm.engine.journal import DeleteStep, Step
-from tests.lab.daemon import Daemon
+from tests.lab.daemon import DAEMON, Daemon
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -46,7 +46,7 @@ def faulty(lab: Lab) -> Iterator[Lab]:
     yield lab
     if lab.daemon.running:
         lab.daemon.stop()
-    lab.daemon.argv = (sys.executable, "-m", "snapd_vm", "daemon")
+    lab.daemon.argv = DAEMON
 
 
 def active_file(guest: Guest, flags: int = 0) -> str:
@@ -170,7 +170,7 @@ class Subject:
 
     def start(self, lab: Lab, *fault: str) -> None:
         """Start the daemon, with a fault or as it is."""
-        argv = (*FAULTY, *fault) if fault else (sys.executable, "-m", "snapd_vm", "daemon")
+        argv = (*FAULTY, *fault) if fault else DAEMON
         lab.daemon.start(self.config, argv=argv, env=self.env)
 
 
@@ -352,12 +352,12 @@ async def test_what_a_dead_daemon_left_frozen_is_thawed_by_exec_stop_post(
         await api.create(guest)
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
     guest.stands_still()
-    argv = [sys.executable, "-m", "snapd_vm", "daemon", "--thaw-held"]
+    argv = [*DAEMON, "--thaw-held"]
     done = attempt([*argv, "--config", faulty.daemon.config_file], env=faulty.bus.env, timeout=60)
     assert done.returncode == 0
     guest.writes_go_on()
     assert not guest.agent_says_frozen()
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    faulty.daemon.start({}, argv=DAEMON)
 
 
 async def test_a_lost_client_ends_nothing(connect: Connect, faulty: Lab, guest: Guest) -> None:
@@ -383,7 +383,7 @@ async def test_sigterm_in_mid_create_finishes_it(
     created = await call
     assert created.ours("consistency") == "quiesced"
     guest.writes_go_on()
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    faulty.daemon.start({}, argv=DAEMON)
     assert (await api.properties(created.snapshot, "org.example.DiskSnapshot.Snapshot"))[
         "State"
     ] == "ready"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from lxml import etree
 
 from snapd_vm.engine.journal import DeleteStep
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -23,8 +23,6 @@ from tests.real.conftest import Connect
 from tests.real.test_crash import FAULTY, active_file, faulty, files_of
 
 __all__ = ["faulty"]
-
-DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 
 from snapd_vm.engine.journal import Step
 from snapd_vm.model import ROOT_PATH
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import LabError, wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -24,7 +25,6 @@ from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, Api, ApiError
 from tests.real.conftest import Connect
 from tests.real.places import INACTIVE, Places, file_of, refused
 from tests.real.test_crash import FAULTY, active_file, faulty, files_of
-from tests.real.test_faults import DAEMON
 from tests.real.test_libvirtd import until_connected
 from tests.real.test_quiesce import held_in
 

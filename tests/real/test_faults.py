@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import sqlite3
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from snapd_vm import command
 from snapd_vm.engine.journal import Step
 from tests.lab.blockdev import Mounted
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -28,8 +28,6 @@ from tests.real.places import Places, image, refused, unchanged, with_image, wor
 from tests.real.test_crash import FAULTY, faulty
 
 __all__ = ["faulty"]
-
-DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from snapd_vm.engine.journal import RevertStep, Step
 from snapd_vm.errors import PREFIX
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -20,7 +21,7 @@ from tests.real.api import NAME, SNAPSHOT, Api, ApiError, path_of
 from tests.real.conftest import Connect
 from tests.real.places import Places, refused
 from tests.real.test_crash import FAULTY, active_file, faulty
-from tests.real.test_delete import DAEMON, chain_of, delete, marks
+from tests.real.test_delete import chain_of, delete, marks
 from tests.real.test_load import journal_is_at_rest
 from tests.real.test_long_delete import BANDWIDTH, FILLED, job_of, progress_of
 from tests.real.test_revert import contents, places, revert, stack, whole

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from snapd_vm.engine.journal import Step
 from snapd_vm.model import ROOT_PATH
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -91,7 +91,7 @@ async def test_libvirtd_killed_at_moments_spread_over_the_switch(
     outcomes = []
     flag = faulty.folder("flags") / "kill"
     # On a chain, so that what is mended into its bottom, and not into the image above, shows.
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    faulty.daemon.start({}, argv=DAEMON)
     await (await connect()).create(guest, flags=QUIESCE_REQUIRED)
     faulty.daemon.stop()
     bottom = Path(images.chain(active_file(guest))[-1])

@@ -12,6 +12,7 @@ import pytest
 
 from snapd_vm.engine.journal import RevertStep, Step
 from snapd_vm.model import ROOT_PATH
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -21,7 +22,6 @@ from tests.real import images
 from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
 from tests.real.arrays import COPY, COPY_METHOD, Plugin
 from tests.real.conftest import Connect
-from tests.real.other_driver import DAEMON
 from tests.real.places import Places, file_of, refused, unchanged, with_image
 from tests.real.test_crash import FAULTY, faulty
 

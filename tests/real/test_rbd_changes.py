@@ -6,7 +6,6 @@ The domains are off but for one: Ceph does the same for them, and they need no b
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from snapd_vm.engine.journal import RevertStep
 from tests.lab.ceph import Ceph
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -151,7 +151,7 @@ async def test_killed_in_a_revert(
     with pytest.raises(ApiError):
         await revert(api, made[0])
     await asyncio.to_thread(wait_until, "it is dead", lambda: not faulty.daemon.running, 10)
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    faulty.daemon.start({}, argv=DAEMON)
     steps = list(RevertStep)
     reverted = steps.index(step) >= steps.index(RevertStep.SWITCHED)
     assert holds(ceph, tmp_path) == (1 if reverted else 99)
@@ -184,7 +184,7 @@ async def test_a_rollback_that_was_cut_off_is_gone_on_with(
     ceph.rbd("image-meta", "set", f"vm/{image_name()}", "snapd-vm-revert", f"begun {uuid}")
     run("qemu-io", "-f", "raw", "-c", "write -P 1 1M 3M", ceph.uri(image_name()))
     off.domain.create()
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"), wait=60)
+    faulty.daemon.start({}, argv=DAEMON, wait=60)
     error = await refused(api.create(off), "Busy")  # nothing is done below a guest that runs
     assert "half reverted" in faulty.daemon.log, error
     off.domain.destroy()

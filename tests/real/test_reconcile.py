@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from lxml import etree
 
 from snapd_vm.engine.journal import DeleteStep
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
@@ -30,7 +30,6 @@ from tests.real.test_definitions import state_of, until_state
 
 __all__ = ["faulty"]
 
-DAEMON = (sys.executable, "-m", "snapd_vm", "daemon")
 
 WHEN = ["event", "start"]
 

@@ -17,6 +17,7 @@ from snapd_vm import storage
 from snapd_vm.engine.journal import RevertStep
 from snapd_vm.errors import PREFIX
 from tests.lab.blockdev import Mounted
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.lab import Lab
 from tests.lab.program import run
@@ -24,7 +25,7 @@ from tests.real.api import Api
 from tests.real.conftest import Connect
 from tests.real.places import CONFIG, INACTIVE, Places, file_of, image, refused
 from tests.real.test_crash import FAULTY, faulty, unnamed
-from tests.real.test_delete import DAEMON, delete
+from tests.real.test_delete import delete
 from tests.real.test_reflink_files import QEMU, REFLINK, cloning, guest_on, raw
 from tests.real.test_reflink_revert import all_ready, held, left, seen, stack
 from tests.real.test_revert import places, revert

@@ -17,6 +17,7 @@ from snapd_vm.engine.journal import RevertStep
 from snapd_vm.errors import PREFIX
 from snapd_vm.model import ROOT_PATH
 from tests.lab import allow
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -31,7 +32,7 @@ from tests.real.places import (
     world,
 )
 from tests.real.test_crash import FAULTY, faulty
-from tests.real.test_delete import DAEMON, delete
+from tests.real.test_delete import delete
 from tests.real.test_faults import small
 from tests.real.test_revert import contents, places, revert, stack, until, whole
 

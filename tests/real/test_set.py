@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from lxml import etree
 
 from snapd_vm.engine.journal import Step
+from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -190,7 +190,7 @@ async def test_killed_at(
     with pytest.raises(ApiError):
         await api.create_set(three, *DISKS, name=f"killed-{step}")
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    faulty.daemon.start({}, argv=DAEMON)
     steps = list(Step)
     # A clone has no name before it is read back.
     first = Step.SWITCHED if alike else Step.READ_BACK
@@ -270,8 +270,8 @@ async def test_exec_stop_post_lets_them_run(connect: Connect, faulty: Lab, three
         await api.create_set(three, *DISKS, flags=NO_QUIESCE)
     wait_until("the daemon is dead", lambda: not faulty.daemon.running, 10)
     assert three.state == "paused"
-    argv = [sys.executable, "-m", "snapd_vm", "daemon", "--thaw-held"]
+    argv = [*DAEMON, "--thaw-held"]
     done = attempt([*argv, "--config", faulty.daemon.config_file], env=faulty.bus.env, timeout=60)
     assert (done.returncode, three.state) == (0, "running")
-    faulty.daemon.start({}, argv=(sys.executable, "-m", "snapd_vm", "daemon"))
+    faulty.daemon.start({}, argv=DAEMON)
     assert await settled(api, three, before) == "nothing"
