@@ -265,6 +265,18 @@ class TestDisk:
     def test_whose_format_libvirt_does_not_say_has_none(self) -> None:
         assert read(simple("<source file='/a'/>")).format == ""
 
+    @pytest.mark.parametrize(("kind", "format"), [("test", "raw"), ("xen", "raw"), ("vbox", "")])
+    def test_but_where_libvirt_takes_it_for_raw(self, kind: str, format: str) -> None:  # noqa: A002
+        for driver in ("", "<driver name='any'/>"):
+            disk = simple("<source file='/a'/>", more=driver)
+            xml = domain_xml(disk, live=False).replace(
+                "<domain type='kvm'", f"<domain type='{kind}'"
+            )
+            found = domainxml.parse_domain(
+                xml, None, id=-1, state="shutoff", persistent=True, resolve_volume=no_pool
+            )
+            assert (found.driver, found.disks[0].format) == (kind, format)
+
     @pytest.mark.parametrize("flag", ["readonly", "shareable", "transient", "mirror"])
     def test_flag(self, flag: str) -> None:
         assert getattr(read(simple("<source file='/a'/>", more=f"<{flag}/>")), flag)

@@ -10,7 +10,7 @@ import pytest
 from snapd_vm import command
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
-from snapd_vm.methods.lvm import devicemapper, lvmclaim
+from snapd_vm.methods.lvm import devicemapper, lvmclaim, lvmfile
 from snapd_vm.methods.lvm.lvm import Lvm
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag
@@ -189,11 +189,14 @@ def test_a_disk_that_is_no_volume(volume: Disk) -> None:
         claim(disk("/dev/gone"))
 
 
-def test_what_is_asked_for_only(volume: Disk) -> None:
+def test_what_is_asked_for_only(volume: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[object] = []
+    monkeypatch.setattr(lvmfile, "check_alone", lambda *given: alone.append(given))
     qcow2 = disk("/dev/v-g/lv", image_format="qcow2")
     with pytest.raises(MethodNotSupported, match="use method qemu"):
         claim(qcow2)
     assert claim(qcow2, device="/dev/v-g/lv").format == "qcow2"
+    assert alone == [("vda", "/dev/v-g/lv", "qcow2", NotUnderDisk)]
     with pytest.raises(MethodNotSupported, match="use method qemu"):
         claim(disk("/dev/v-g/lv", image_format="vmdk"), device="/dev/v-g/lv")
 
@@ -203,8 +206,9 @@ def test_a_file_is_taken_only_with_a_device(volume: Disk, tmp_path: Path) -> Non
     image.write_bytes(b"")
     with pytest.raises(MethodNotSupported, match="name the logical volume"):
         claim(disk(str(image), "file"))
-    with pytest.raises((NotUnderDisk, MethodNotSupported)):
-        claim(disk(str(image), "file"), device="/dev/v-g/lv")
+    for other in (disk(str(image), "file"), disk("", "network")):
+        with pytest.raises(NotUnderDisk):
+            claim(other, device="/dev/v-g/lv")
 
 
 def test_a_group_with_too_long_a_name(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

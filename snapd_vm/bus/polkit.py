@@ -30,6 +30,10 @@ LIMIT_S = 25.0
 INTERACTIVE_LIMIT_S = 300.0
 """A person types a password in this time, or not at all."""
 
+AT_ONCE = {False: 64, True: 48}
+"""Questions, and those a person may be asked, that wait for polkit's answer. Of one connection the
+bus lets 128 calls wait (dbus-daemon(1), max_replies_per_connection), and refuses what is beyond."""
+
 ABSENT = frozenset(
     {
         "org.freedesktop.DBus.Error.ServiceUnknown",
@@ -68,6 +72,9 @@ class Polkit:
         self._limit = limit
         self._interactive_limit = interactive_limit
         self._ids = itertools.count(1)
+        self._asking = {
+            interactive: asyncio.Semaphore(most) for interactive, most in AT_ONCE.items()
+        }
 
     async def check(
         self, sender: str, actions: Sequence[Action], details: Details, interactive: bool
@@ -139,12 +146,12 @@ class Polkit:
         question = f"snapd-vm-{next(self._ids)}"
         subject = ("system-bus-name", {"name": Typed("s", sender)})
         flags = ALLOW_USER_INTERACTION if interactive else 0
+        limit = self._interactive_limit if interactive else self._limit
         try:
-            (answer,) = await self._connection.call(
-                CHECK,
-                [subject, action, details.for_polkit(), flags, question],
-                self._interactive_limit if interactive else self._limit,
-            )
+            async with asyncio.timeout(limit), self._asking[interactive]:
+                (answer,) = await self._connection.call(
+                    CHECK, [subject, action, details.for_polkit(), flags, question], limit
+                )
         except (asyncio.CancelledError, TimeoutError):
             self._connection.tell(CANCEL, [question])
             raise

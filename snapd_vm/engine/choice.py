@@ -91,6 +91,11 @@ class Choices:
         )
         return buffered or not at_once
 
+    @property
+    def stops(self) -> bool:
+        """Whether the vCPUs, which run, are stopped for the switch."""
+        return self.still and self.domain.active and self.domain.state != "paused"
+
 
 def choose(
     world: World, uuid: str, requests: Sequence[Request], known: Sequence[Snapshot]
@@ -199,6 +204,8 @@ def plan(world: World, uuid: str, request: Request, known: Sequence[Snapshot]) -
         choices = check(world, choices)
         quiesce = survey.result(choices.floor)
     best = Consistency.QUIESCED if quiesce is not None else choices.floor
+    if best is Consistency.CRASH and choices.stops:
+        best = Consistency.PAUSED
     [draft] = drafts(choices, best)
     warnings = list(choices.needs.warnings)
     if choices.domain.nvram:

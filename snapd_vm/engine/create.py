@@ -19,7 +19,7 @@ from snapd_vm.engine.choice import Choices, check, choose, drafts
 from snapd_vm.engine.journal import Held, Operation, Step
 from snapd_vm.engine.survey import Quiesce, Survey
 from snapd_vm.engine.world import World
-from snapd_vm.errors import Busy, QuiesceFailed, StorageFailed
+from snapd_vm.errors import Busy, QuiesceFailed, QuiesceTimedOut, StorageFailed, TimedOut
 from snapd_vm.methods.method import Watch
 from snapd_vm.model import (
     Consistency,
@@ -105,7 +105,7 @@ def _take(
     world.reach(Step.CHECKED)
     operation = Operation(tag, flags, drafts(choices, choices.floor))
     world.journal.begin(operation)
-    stops = choices.still and domain.active and domain.state != "paused"
+    stops = choices.stops
     held = False
     holding: Held | None = None
     quiesce: Quiesce | None = None
@@ -164,6 +164,8 @@ def _take(
                 )
             except freeze.SwitchFailed as error:
                 held = error.held
+                if required and isinstance(error.error, TimedOut):
+                    raise QuiesceTimedOut(str(error.error)) from error
                 raise error.error from error
             held = frozen.held
         if frozen.error is not None and required:

@@ -135,9 +135,9 @@ def _by_source(domains: Iterable[Domain], wanted: DiskRequest) -> Found:
     found = _with_source(domains, wanted.source)
     if not found:
         return Found(error=NoSuchDisk("No domain has a disk with that source."))
-    if len(found) > 1:
+    if len({domain.uuid for domain, _ in found}) > 1:
         return Found(
-            error=AmbiguousDisk("The source belongs to more than one disk; name the domain.")
+            error=AmbiguousDisk("The source belongs to more than one domain; name the domain.")
         )
     return find_in(found[0][0], wanted)
 

@@ -27,8 +27,8 @@ def store(world: World, request: Request, method_xml: str) -> None:
         tag = Tag("00000000-0000-0000-0000-000000000000", "NAME", domain.uuid, domain.name, 0)
         select.choose_method(world.methods, domain, disk, request, tag)
         methods[disk.target] = method_xml
-    if methods == domain.methods:
-        return
+    if methods == domain.methods and not (domain.active and domain.persistent):
+        return  # else the definition may say something else, which the live XML does not tell
     world.hypervisor.store_methods(domain.uuid, methods)
     log.info(
         "disk %s of domain %s is taken by %s from now on",

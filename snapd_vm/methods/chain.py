@@ -103,16 +103,18 @@ def _chain(root: int, inside: str, image_format: str) -> Iterator[FileId]:
             )
         if not header.backing_file:
             return
-        inside, image_format = _below(inside, header), header.backing_format
+        inside, image_format = _below(inside, header, found.st_dev), header.backing_format
     raise MethodNotSupported(f"The chain has more than {_LONGEST} images; use method qemu.")
 
 
-def _below(inside: str, header: qcow2.Header) -> str:
+def _below(inside: str, header: qcow2.Header, device: int) -> str:
     """The path, below the layer's root, of what the image at `inside` lies on."""
     name = header.backing_file
     protocol, colon, _ = name.partition(":")
     if name.startswith("/") or (colon and "/" not in protocol):
-        raise MethodNotSupported(
+        there = file_id(name) if name.startswith("/") else None
+        within = there is not None and there.device == device
+        raise (MethodNotSupported if within else Outside)(
             f"The image {inside} names its backing file by {name}, which is not in the snapshot; "
             "use method qemu, or a name relative to the image ('qemu-img rebase -u -b')."
         )

@@ -93,13 +93,20 @@ RAW = ("raw",)
 """The formats that a layer takes by default: what a guest writes into others is several writes."""
 
 
-def check_fit(disk: Disk, method: str, takes: Mapping[str, str], formats: Sequence[str]) -> None:
+def check_fit(
+    disk: Disk, method: str, takes: Mapping[str, str], formats: Sequence[str], named: str = ""
+) -> None:
     """Raise MethodNotSupported for a disk that a layer can't take, wherever it is.
 
-    `takes` has the types of source that the method takes, with what to call them.
+    `takes` has the types of source that the method takes, with what to call them. Raises
+    NotUnderDisk where the caller has `named` a layer, which can't hold another type.
     """
     problem = ""
     if disk.type not in takes:
+        if named:
+            raise NotUnderDisk(
+                f"Disk {disk.target} has a {disk.type} source; it is not on {named}."
+            )
         problem = f"has a {disk.type} source; method {method} takes {' and '.join(takes.values())}."
     elif disk.format not in formats:
         problem = (

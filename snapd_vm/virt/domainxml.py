@@ -1,7 +1,8 @@
 """libvirt's domain XML: read into the model, and written for snapshots and definitions.
 
-The XML comes from libvirt (formatdomain, formatsnapshot). What it does not say is not guessed:
-a missing `<driver type>` is the format ''. It calls neither libvirt nor the storage.
+The XML comes from libvirt (formatdomain, formatsnapshot). What it does not say is not guessed: a
+missing `<driver type>` is the format '', but where it is what libvirt itself takes for raw. It
+calls neither libvirt nor the storage.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from snapd_vm.virt import methodxml
 from snapd_vm.virt.sourcexml import PATH_ATTRIBUTES, ResolveVolume, read_source, said
 
 _LIMIT = 16 << 20
+_RAW_UNLESS_SAID = ("bhyve", "ch", "lxc", "test", "xen")
+"""The `<domain type>`s whose images are raw where no `<driver type>` says what they are. QEMU's
+driver always says it; others (vbox, vmware) have formats of their own."""
 _OWN_CHANNEL = "org.qemu.guest_agent.0"
 _OTHER_CHANNELS = "*guest_agent*"
 _KEPT_BY_NEW_IMAGE = ("seclabel",)
@@ -196,10 +200,11 @@ def _disk_element(tree: etree._Element, target: str) -> etree._Element:
 
 
 def _disks(tree: etree._Element, resolve_volume: ResolveVolume) -> tuple[Disk, ...]:
-    return tuple(_disk(element, resolve_volume) for element in tree.findall("devices/disk"))
+    unsaid = "raw" if tree.get("type") in _RAW_UNLESS_SAID else ""
+    return tuple(_disk(element, resolve_volume, unsaid) for element in tree.findall("devices/disk"))
 
 
-def _disk(element: etree._Element, resolve_volume: ResolveVolume) -> Disk:
+def _disk(element: etree._Element, resolve_volume: ResolveVolume, unsaid: str) -> Disk:
     kind = element.get("type") or "file"
     source = element.find("source")
     declared = said(source) | {"type": kind}
@@ -210,7 +215,7 @@ def _disk(element: etree._Element, resolve_volume: ResolveVolume) -> Disk:
         target=(target.get("dev") or "") if target is not None else "",
         device=element.get("device") or "disk",
         type=kind,
-        format=(driver.get("type") or "") if driver is not None else "",
+        format=(driver.get("type") or unsaid) if driver is not None else unsaid,
         path=path,
         source_xml=cleaned,
         xml=safexml.clean(element),

@@ -170,11 +170,11 @@ async def test_a_sender_has_a_limited_number_of_calls(
 ) -> None:
     go = asyncio.Event()
     engine.work = go.wait
-    calls = [asyncio.create_task(client.call(*CREATE)) for _ in range(70)]
-    await until(lambda: len(engine.calls) == 64)
+    calls = [asyncio.create_task(client.call(*CREATE)) for _ in range(126)]
+    await until(lambda: len(engine.calls) == 120)
     other = await connect()
     others = asyncio.create_task(other.call(*CREATE))
-    await until(lambda: len(engine.calls) == 65)
+    await until(lambda: len(engine.calls) == 121)
     assert (await client.call(MANAGER, "FindDomain", "s", ["vm1"])).body, "what is open stays open"
     go.set()
     answers = await asyncio.gather(*calls)
@@ -193,7 +193,7 @@ async def test_two_thousand_calls_at_once_are_all_answered_once(
     assert {len(kinds) for kinds in answers.values()} == {1}
     names = {name for (name,) in answers.values()}
     assert names == {"", "org.freedesktop.DBus.Error.LimitsExceeded"}
-    assert len(engine.calls) >= 64
+    assert len(engine.calls) >= 120
     assert (await client.call(*CREATE)).message_type is MessageType.METHOD_RETURN
     assert served._guard is not None
     assert (served._guard.in_progress, len(served._guard._senders)) == (0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from dbus_next.constants import MessageFlag, MessageType
 
 from snapd_vm.bus.connection import Connection, open_connection
 from snapd_vm.bus.contract import DISK_SNAPSHOT, DOMAIN, SNAPSHOT
-from snapd_vm.bus.polkit import ABSENT, Polkit
+from snapd_vm.bus.polkit import ABSENT, AT_ONCE, Polkit
 from snapd_vm.bus.served import DiskSnapshotBus
 from snapd_vm.model import ROOT_PATH, domain_path, snapshot_path
 from tests.bus.clients import Client
@@ -318,3 +318,25 @@ async def test_the_callers_agent_is_not_told_whose_disk_a_source_is(
         assert for_agent.flags
         known = owner.name if path == PATH else ""
         assert (for_agent.details["domain"], for_agent.details["disk"]) == (known, "")
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+async def test_more_questions_than_the_bus_lets_wait_are_all_answered(
+    served: DiskSnapshotBus,
+    connect: Callable[[], Awaitable[Client]],
+    polkit: StandInPolkit,
+    interactive: bool,
+) -> None:
+    """Of one connection 128 calls may wait for their answers (dbus-daemon(1))."""
+    assert sum(AT_ONCE.values()) < 128
+    polkit.delay = 1.0
+    clients = [await connect() for _ in range(3)]
+    flags = INTERACTIVE if interactive else MessageFlag.NONE
+    calls = [client.call(*CREATE, flags=flags) for client in clients for _ in range(100)]
+    answered = asyncio.gather(*calls)
+    while len(polkit.questions) < AT_ONCE[interactive]:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    assert len(polkit.questions) == AT_ONCE[interactive]
+    answers = await answered
+    assert [a.error_name for a in answers if a.message_type is MessageType.ERROR] == []

@@ -198,8 +198,8 @@ async def test_a_create_that_fails_in_any_way_leaves_nothing_and_nobody_frozen(
         ({"after-create": "fail:it is there all the same"}, "StorageFailed"),
         ({"after-create": "say:{}{}"}, "StorageFailed"),
         ({"create": "flood"}, "StorageFailed"),
-        ({"create": "hang"}, "TimedOut"),
-        ({"halfway": "hang-child"}, "TimedOut"),
+        ({"create": "hang"}, "QuiesceTimedOut"),
+        ({"halfway": "hang-child"}, "QuiesceTimedOut"),
         ({"create": "say:{}"}, "StorageFailed"),  # said, and not done
     ):
         own.reset()

@@ -117,7 +117,7 @@ async def test_away_for_a_minute_in_the_freeze(
         await asyncio.sleep(0.5)
     assert slowest < 5
     took, error = await create
-    assert error is not None and error.name == "TimedOut", error
+    assert error is not None and error.name == "QuiesceTimedOut", error
     assert "Ceph" in error.text and cluster.host not in error.text
     for task in asked:
         took, error = await task

@@ -257,7 +257,7 @@ async def test_they_do_not_stand_still_for_longer_than_the_limit(
     await asyncio.to_thread(three.wait_state, "running", 2.5)
     with pytest.raises(ApiError) as error:
         await call
-    assert error.value.name == "TimedOut"
+    assert error.value.name == ("TimedOut" if flags == NO_QUIESCE else "QuiesceTimedOut")
     assert await settled(api, three, before) == "nothing"
 
 

@@ -187,6 +187,22 @@ async def test_changed_behind_our_back(daemon: Lab, api: Api, places: Places) ->
     assert (await chosen(api, guest))[1] != "stored for the disk"
 
 
+async def test_what_only_the_definition_has_lost_is_stored_again(
+    daemon: Lab, api: Api, places: Places
+) -> None:
+    guest = places.guest(start=True)
+    await places.known(api)
+    await set_method(api, guest, QEMU)
+    guest.domain.setMetadata(ELEMENT, None, "snapd-vm", NAMESPACE, CONFIG)
+    assert in_metadata(guest)
+    assert not in_metadata(guest, INACTIVE)
+    await set_method(api, guest, QEMU)
+    assert in_metadata(guest, INACTIVE)
+    guest.domain.setMetadata(ELEMENT, None, "snapd-vm", NAMESPACE, LIVE)
+    await set_method(api, guest, "")
+    assert not in_metadata(guest, INACTIVE)
+
+
 def test_who_may(daemon: Lab, places: Places) -> None:
     guest = places.guest()
     words = ("call", "org.example.DiskSnapshot", path_of(guest), DOMAIN)

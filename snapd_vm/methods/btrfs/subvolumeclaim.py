@@ -36,7 +36,8 @@ def claim(
     `asked`: the caller named the method, and perhaps the subvolume (`named`), which is compared
     with the disk's and never followed. Raises MethodNotSupported, NotUnderDisk and StorageFailed.
     """
-    taken.check_fit(disk, "btrfs", {"file": "files"}, chain.FORMATS if asked else taken.RAW)
+    formats = chain.FORMATS if asked else taken.RAW
+    taken.check_fit(disk, "btrfs", {"file": "files"}, formats, named)
     image = os.path.realpath(disk.path)
     fd = taken.open_image(disk, image)
     try:

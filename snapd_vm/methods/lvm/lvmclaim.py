@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from snapd_vm import command, mounts
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
 from snapd_vm.methods import chain, taken
-from snapd_vm.methods.lvm import devicemapper, lvmmount
+from snapd_vm.methods.lvm import devicemapper, lvmfile, lvmmount
 from snapd_vm.methods.lvm.devicemapper import Volume
 from snapd_vm.methods.lvm.lvmvolumes import PROGRAMS
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Tag, Target
@@ -29,15 +29,15 @@ def claim(
     domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag, mount_dir: str
 ) -> Target:
     """The Target of a disk, see LvmTarget. Raises MethodNotSupported and NotUnderDisk."""
-    taken.check_fit(disk, "lvm", _TAKES, taken.RAW if request is None else chain.FORMATS)
     options = request.options if request is not None else {}
     named = options.get("device", "")
+    taken.check_fit(disk, "lvm", _TAKES, taken.RAW if request is None else chain.FORMATS, named)
     file: Mapping[str, Json] = {}
     if disk.type == "block":
         number = devicemapper.device_number(disk.path)
         volume = devicemapper.volume_of(number) if number is not None else None
     elif named:
-        volume, file = _holding(disk, tag, mount_dir)
+        volume, file = _holding(disk, tag, mount_dir, named)
     else:
         raise MethodNotSupported(
             f"The image of disk {disk.target} is a file; name the logical volume that holds it "
@@ -47,6 +47,8 @@ def claim(
         raise NotUnderDisk(_not_under(disk, named, volume))
     if volume is None:
         raise MethodNotSupported(f"Disk {disk.target} is not a logical volume.")
+    if named and not file and disk.format != "raw":
+        lvmfile.check_alone(disk.target, disk.path, disk.format, NotUnderDisk)
     wanted = int(options.get("size", "0"))
     problem = _unfit_volume(disk, volume, tag, wanted) or missing()
     if problem:
@@ -100,7 +102,9 @@ def _not_under(disk: Disk, named: str, volume: Volume | None) -> str:
     return f"Disk {disk.target} is not on the device {named}, but on {volume.path}."
 
 
-def _holding(disk: Disk, tag: Tag, mount_dir: str) -> tuple[Volume | None, Mapping[str, Json]]:
+def _holding(
+    disk: Disk, tag: Tag, mount_dir: str, named: str
+) -> tuple[Volume | None, Mapping[str, Json]]:
     """The volume whose file system holds the disk's file, and what a Target says of the file."""
     image = os.path.realpath(disk.path)
     fd = taken.open_image(disk, image)
@@ -110,6 +114,9 @@ def _holding(disk: Disk, tag: Tag, mount_dir: str) -> tuple[Volume | None, Mappi
     finally:
         os.close(fd)
     if mount.type not in lvmmount.OPTIONS:
+        volume = _source_of(mount)
+        if volume is None or named not in volume.names:
+            raise NotUnderDisk(_not_under(disk, named, volume))
         raise MethodNotSupported(_unfit_file_system(disk, mount))
     volume = devicemapper.volume_of(found.st_dev) if found.st_dev == mount.device else None
     if volume is None:
@@ -128,6 +135,12 @@ def _holding(disk: Disk, tag: Tag, mount_dir: str) -> tuple[Volume | None, Mappi
         "inside": inside,
         "mount": os.path.join(mount_dir, tag.uuid),
     }
+
+
+def _source_of(mount: Mount) -> Volume | None:
+    """The volume that the file system says it is on: that of btrfs has another st_dev."""
+    number = devicemapper.device_number(mount.source) if mount.source.startswith("/") else None
+    return devicemapper.volume_of(number) if number is not None else None
 
 
 def _unfit_file_system(disk: Disk, mount: Mount) -> str:

@@ -93,7 +93,8 @@ class Rbd:
         if place is None:
             if request is None:
                 return None
-            raise MethodNotSupported(f"Disk {disk.target} is not an RBD image.")
+            error_type = NotUnderDisk if "image" in request.options else MethodNotSupported
+            raise error_type(f"Disk {disk.target} is not an RBD image.")
         named = request.options.get("image") if request is not None else None
         if named is not None and named != str(place):
             raise NotUnderDisk(f"Disk {disk.target} is not the image {named}, but {place}.")

@@ -1,7 +1,8 @@
 """The method `reflink`: a clone of the disk's file by FICLONE, beside it, made immutable.
 
-The domain goes on with its own file and notices nothing; the clone is the snapshot. Only raw images
-are taken: what QEMU has in memory of any other, the file does not hold while QEMU runs.
+The domain goes on with its own file and notices nothing; the clone is the snapshot. An image that
+is not raw is taken if it is asked for and lies on no other: the engine stops the vCPUs, so that
+QEMU has written out what it buffers.
 
 The clone's name, `snapd-vm-` and the snapshot's UUID, is no hidden one: whoever looks for what uses
 up the room shall see it. It is given once the clone is whole, so before a kill nothing has a name.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 from snapd_vm import storage
 from snapd_vm.errors import Busy, MethodNotSupported, NameInUse, NoSpace, StorageFailed
-from snapd_vm.methods import clone, cloneback, overlay, taken
+from snapd_vm.methods import chain, clone, cloneback, overlay, taken
 from snapd_vm.methods.folder import check_links, low_space, open_folder, refuse_reader
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Watch
 from snapd_vm.methods.reflink.clonetarget import CloneTarget
@@ -66,7 +67,10 @@ class Reflink:
         """See Method. Whether the file system can clone is tried here only if nobody asked."""
         image = os.path.realpath(disk.path)
         try:
-            taken.check_fit(disk, self.name, {"file": "files"}, taken.RAW)
+            formats = taken.RAW if request is None else chain.FORMATS
+            taken.check_fit(disk, self.name, {"file": "files"}, formats)
+            if disk.chain:
+                raise MethodNotSupported(_not_alone(disk.target))
             identity = _regular(disk, image)
         except MethodNotSupported:
             if request is not None:
@@ -83,11 +87,13 @@ class Reflink:
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The clone."""
-        return taken.with_source(disk, CloneTarget.of(target).path), "raw"
+        copy = CloneTarget.of(target)
+        return taken.with_source(disk, copy.path), copy.format
 
     def size(self, target: Target) -> int:
         """The file's size, as QEMU sees it."""
-        return storage.virtual_size(CloneTarget.of(target).image, "raw")
+        copy = CloneTarget.of(target)
+        return storage.virtual_size(copy.image, copy.format)
 
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method. Cloning is tried on a file that never has a name."""
@@ -110,6 +116,8 @@ class Reflink:
                     taken.check_unwritten(copy.image)
                 image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
                 try:
+                    if chain.lies_on_others(image, copy.format):
+                        raise MethodNotSupported(_not_alone(target.disk))
                     clone.try_with(folder, image, tag)
                     used = os.fstat(image).st_blocks * 512
                 finally:
@@ -168,6 +176,9 @@ class Reflink:
         if own is None:
             return False
         try:
+            if chain.lies_on_others(own, copy.format):
+                log.warning("%s has come to lie on others meanwhile", copy.image)
+                return False
             if not clone.protect(own):
                 log.warning("%s can't be made immutable; it can be read only", copy.path)
         finally:
@@ -280,13 +291,20 @@ class Reflink:
         return True
 
 
+def _not_alone(disk: str) -> str:
+    return (
+        f"The image of disk {disk} has a backing file, or its data in another, which a clone of it "
+        "does not hold; use method qemu."
+    )
+
+
 def _origin(target: Target) -> cloneback.Origin:
     """What a revert goes back to."""
     copy = CloneTarget.of(target)
     return cloneback.Origin(
         copy.domain,
         copy.image,
-        "raw",
+        copy.format,
         lambda folder: clone.open_own(copy.name, copy.snapshot, copy.inode, folder),
     )
 

@@ -36,8 +36,8 @@ def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str) -> T
     the disk's. Raises MethodNotSupported, NotUnderDisk and StorageFailed.
     """
     takes = {"file": "files", "block": "volumes"}
-    taken.check_fit(disk, "zfs", takes, chain.FORMATS if asked else taken.RAW)
-    found = _volume(disk, tag) if disk.type == "block" else _file(disk, tag, named)
+    taken.check_fit(disk, "zfs", takes, chain.FORMATS if asked else taken.RAW, named)
+    found = _volume(disk, tag, named) if disk.type == "block" else _file(disk, tag, named)
     dataset = str(found["dataset"])
     if named and named != dataset:
         raise NotUnderDisk(
@@ -51,9 +51,11 @@ def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str) -> T
     return Target(method="zfs", disk=disk.target, data=data)
 
 
-def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
+def _volume(disk: Disk, tag: Tag, named: str) -> dict[str, Json]:
     """What a Target has of a volume."""
     if not zfsplace.is_volume(disk.path):
+        if named:
+            raise NotUnderDisk(f"Disk {disk.target} is not a ZFS volume.")
         raise MethodNotSupported(f"Disk {disk.target} is not a ZFS volume; use another method.")
     gone = zfsdataset.suspended()
     if gone:  # to open a device of it would wait for ever
@@ -62,7 +64,7 @@ def _volume(disk: Disk, tag: Tag) -> dict[str, Json]:
     if "@" in volume:
         raise MethodNotSupported(f"Disk {disk.target} is a snapshot already, and never changes.")
     if disk.chain or _lies_on_others(disk):
-        raise MethodNotSupported(
+        raise (NotUnderDisk if named else MethodNotSupported)(
             f"The image of disk {disk.target} has a backing file, or its data in another, which a "
             "snapshot of the volume does not hold; use method qemu."
         )
