@@ -19,8 +19,8 @@ class Mount:
 
     `device` is st_dev as the table has it, which for btrfs is not that of its files. `root` is what
     of the file system is mounted at `point`: a folder of it, or a subvolume. `options` are those of
-    the mount, then those of the file system. `propagates`: mounts below it come from, or go to,
-    other mount namespaces (mount_namespaces(7), shared subtrees).
+    the mount, then those of the file system. `receives`: what is mounted below it in the namespace
+    that this one was copied from appears here too (mount_namespaces(7), slave mounts).
     """
 
     id: int
@@ -30,7 +30,7 @@ class Mount:
     type: str
     source: str
     options: tuple[str, ...]
-    propagates: bool = False
+    receives: bool = False
 
 
 def table() -> tuple[Mount, ...]:
@@ -71,7 +71,7 @@ def _mount(line: str) -> Mount:
         kind,
         _plain(source),
         (*options.split(","), *super_options.split(",")),
-        any(field.startswith(("shared:", "master:")) for field in optional),
+        any(field.startswith("master:") for field in optional),  # shared may be with nobody
     )
 
 

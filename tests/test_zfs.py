@@ -205,8 +205,8 @@ def test_holds_of_others(programs: Programs) -> None:
 # -- where a file is -----------------------------------------------------------------------------
 
 
-def _mount(point: str, source: str, root: str = "/", propagates: bool = True) -> Mount:
-    return Mount(7, 3, root, point, "zfs", source, ("rw",), propagates)
+def _mount(point: str, source: str, root: str = "/", receives: bool = True) -> Mount:
+    return Mount(7, 3, root, point, "zfs", source, ("rw",), receives)
 
 
 def _place_of(
@@ -234,7 +234,7 @@ def test_the_dataset_is_that_of_the_files_own_mount(
     )
     # Where nobody else would see what the kernel mounts there.
     monkeypatch.setattr(mounts, "in_host", lambda: False)
-    private = _mount(str(tmp_path), "tank/v m", propagates=False)
+    private = _mount(str(tmp_path), "tank/v m", receives=False)
     place = _place_of(monkeypatch, image, private)
     assert place is not None
     assert place.snapshots == ""

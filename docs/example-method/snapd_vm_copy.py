@@ -256,7 +256,7 @@ class Copy:
             fd = os.open(os.path.dirname(image), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 target = dataclasses.replace(
-                    target, data={**target.data, "new": os.fstat(fd).st_ino}
+                    target, data={**target.data, "new": os.fstat(fd).st_ino, "old": was.st_ino}
                 )
                 record([target])
                 _copy(_text(target, "copy"), fd)
@@ -272,28 +272,37 @@ class Copy:
         return target
 
     def revert(self, target: Target, tag: Tag, watch: Watch) -> None:
-        """At one instant, so that there is nothing in between."""
+        """At one instant, so that there is nothing in between; what it was keeps a name."""
         watch.past_return()
         self._off(tag)
+        image, kept = _text(target, "image"), _beside(target, "discarded")
         try:
-            os.replace(_beside(target), _text(target, "image"))
-            _sync(os.path.dirname(_text(target, "image")))
+            os.link(image, kept)
+            if _inode(kept) != target.data["old"]:
+                os.unlink(kept)
+                raise StorageFailed("The image was replaced meanwhile; try again.")
+            os.replace(_beside(target), image)
+            _sync(os.path.dirname(image))
         except OSError as error:
             raise StorageFailed(f"The image can't be replaced: {error.strerror}.") from error
 
     def settle_revert(self, target: Target, tag: Tag) -> bool:
-        """The image is the new file, or that is not needed any more."""
-        new = target.data.get("new")
-        if new is None:
+        """The image is the new file, or that is not needed any more; nor is what it was."""
+        if "new" not in target.data:
             return False
-        if _inode(_text(target, "image")) == new:
-            return True
-        if _inode(_beside(target)) == new:
-            try:
-                os.unlink(_beside(target))
-            except OSError as error:
-                raise StorageFailed(f"A copy can't be removed: {error.strerror}.") from error
-        return False
+        image, kept = _text(target, "image"), _beside(target, "discarded")
+        try:
+            done = os.lstat(image).st_ino == target.data["new"]
+            if done and _inode(kept) == target.data["old"] and self._runs_on(kept, tag):
+                os.replace(kept, image)  # a QEMU had opened it just before it was replaced
+                done = False
+            for path, inode in ((_beside(target), "new"), (kept, "old")):
+                if _inode(path) == target.data[inode]:
+                    os.unlink(path)
+            _sync(os.path.dirname(image))
+        except OSError as error:
+            raise StorageFailed(f"The revert can't be settled: {error.strerror}.") from error
+        return done
 
     def reverted(self, target: Target, other: Target) -> Target | None:
         """All copies are what they were."""
@@ -302,6 +311,9 @@ class Copy:
     def among(self, target: Target, others: Sequence[Target]) -> Target:
         """No copy depends on another."""
         return target
+
+    def _runs_on(self, path: str, tag: Tag) -> bool:
+        return self._context.domain(tag.domain_uuid).active and bool(self._context.reader_of(path))
 
     def _off(self, tag: Tag) -> Domain:
         domain = self._context.domain(tag.domain_uuid)
@@ -331,19 +343,23 @@ def _text(target: Target, key: str) -> str:
 
 def _is_ours(target: Target) -> bool:
     """Whether what has the copy's name is the file that was made: told by its inode."""
-    return "made" in target.data and _inode(_text(target, "copy")) == target.data["made"]
+    try:
+        return "made" in target.data and _inode(_text(target, "copy")) == target.data["made"]
+    except OSError:
+        return False
 
 
 def _inode(path: str) -> int | None:
+    """Of what has the name; None: nothing has. What can't be looked at raises OSError."""
     try:
         return os.lstat(path).st_ino
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
-def _beside(target: Target) -> str:
-    """The copy that is to take the image's place."""
-    return f"{_text(target, 'image')}.{os.path.basename(_text(target, 'copy'))}"
+def _beside(target: Target, suffix: str = "revert") -> str:
+    """The copy that is to take the image's place, or a second name of what that has taken."""
+    return f"{_text(target, 'image')}.{os.path.basename(_text(target, 'copy'))}.{suffix}"
 
 
 def _stat(target: Target) -> os.stat_result:

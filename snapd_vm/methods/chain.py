@@ -113,8 +113,8 @@ def _below(inside: str, header: qcow2.Header, device: int) -> str:
     protocol, colon, _ = name.partition(":")
     if name.startswith("/") or (colon and "/" not in protocol):
         there = file_id(name) if name.startswith("/") else None
-        within = there is not None and there.device == device
-        raise (MethodNotSupported if within else Outside)(
+        elsewhere = there is not None and there.device != device
+        raise (Outside if elsewhere else MethodNotSupported)(
             f"The image {inside} names its backing file by {name}, which is not in the snapshot; "
             "use method qemu, or a name relative to the image ('qemu-img rebase -u -b')."
         )

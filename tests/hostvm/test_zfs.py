@@ -75,6 +75,31 @@ def test_confined_by_its_unit_the_service_snapshots_all_three(vm: HostVm, pooled
     assert vm.check("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").count("@") == 0
 
 
+NO_AUTOMOUNT = r"""
+cp /usr/bin/env /root/env
+printf '#!/bin/sh\n[ "$1" != mount ] || exit 1\nexec /root/env "$@"\n' > /root/fails
+chmod 755 /root/fails
+mount --bind /root/fails /usr/bin/env
+"""
+
+
+def test_what_the_kernel_does_not_show_it_mounts_for_the_whole_host(
+    vm: HostVm, pooled: None
+) -> None:
+    vm.check("bash", "-euc", NO_AUTOMOUNT)
+    try:
+        answer = vm.check("snapd-vm", "create", "pooled", "vda", "--json", timeout=180)
+        (row,) = json.loads(answer)
+        path = etree.fromstring(row["backup_source"]).get("file") or ""
+        assert path.startswith("/tank/vm/.zfs/snapshot/")
+        vm.check("cmp", path, "/tank/vm/images/web.raw")
+        vm.check("snapd-vm", "delete", f"pooled/vda/{row['name']}", timeout=120)
+    finally:
+        vm.check("umount", "/usr/bin/env")
+    vm.check("bash", "-c", "zfs list -H -t all -o name,userrefs | diff /root/before -")
+    assert vm.check("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").count("@") == 0
+
+
 @pytest.mark.thorough
 def test_on_real_pools(vm: HostVm) -> None:
     passes(vm, "tests/inside_vm/test_zfs.py", timeout=LIMIT_S)

@@ -48,7 +48,10 @@ class Pool:
         return run("zfs", "get", "-H", "-p", "-o", "value", what, name).strip()
 
     def clear(self) -> None:
-        """Take away all snapshots, with their holds and clones, as a test that failed leaves."""
+        """Take away all snapshots, with holds, clones and mounts, as a test that failed leaves."""
+        for source in run("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").split():
+            if source.startswith(f"{self.name}/") and "@" in source:
+                attempt(["umount", source])
         for name in self.snapshots():
             for row in run("zfs", "holds", "-H", name).splitlines():
                 run("zfs", "release", row.split("\t")[1], name)

@@ -16,9 +16,10 @@ from tests.real.conftest import Connect
 
 @contextmanager
 def other_domain(lab: Lab, kind: str, source: str) -> Iterator[str]:
-    """A daemon that has that one domain, whose raw vda is of this type and on this `<source>`.
+    """A daemon that has that one domain, whose vda is of this type and on this `<source>`.
 
-    Gives the domain's object path. Whatever daemon ran before is stopped, and this one at the end.
+    Nothing says that it is raw, as of this driver's own domain `test`. Gives the domain's object
+    path. Whatever daemon ran before is stopped, and this one at the end.
     """
     if lab.daemon.running:
         lab.daemon.stop()
@@ -28,11 +29,11 @@ def other_domain(lab: Lab, kind: str, source: str) -> Iterator[str]:
     node.write_text(
         f"<node><domain type='test'><name>other</name><uuid>{uuid}</uuid>"
         "<memory>1024</memory><os><type>hvm</type></os><devices>"
-        f"<disk type='{kind}' device='disk'><driver name='any' type='raw'/>{source}"
+        f"<disk type='{kind}' device='disk'>{source}"
         "<target dev='vda'/></disk></devices></domain></node>"
     )
-    lab.daemon.start({"uri": f"test://{node}"}, argv=DAEMON, wait=90)
     try:
+        lab.daemon.start({"uri": f"test://{node}"}, argv=DAEMON, wait=90)
         yield domain_path(uuid)
     finally:
         if lab.daemon.running:
@@ -54,6 +55,7 @@ async def taken_by(
         assert (await api.properties(path, DOMAIN))["State"] == "running"
         (row,) = (await api.call(path, DOMAIN, "Disks"))[0]
         assert method_xml or row["method"] == method
+        assert row["format"] == "raw"
         created = await create(api, path, method_xml)
         assert (created.modified_disk, created.ours("consistency")) == ("", "crash")
         told = (await api.snapshots())[created.snapshot]

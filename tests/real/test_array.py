@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +134,45 @@ async def test_the_program_says_why_it_can_not(api: Api, served: Lab, own: Guest
     assert "method vendor says" in served.daemon.log
     settings.write_text(kept)
     assert snapshots(served) == []
+
+
+async def test_a_revert_that_is_asked_for_again_is_done_once(
+    api: Api, served: Lab, own: Guest
+) -> None:
+    """And there is no answer where the program can't know how far it came."""
+    program = served.folder("vendor") / "rbd-array"
+    own.write("vda", "mark", "before")
+    created = await api.create(own, method_xml=METHOD, flags=QUIESCE_REQUIRED)
+    own.write("vda", "mark", "after")
+    (name,) = snapshots(served)
+    request = {
+        "protocol": 1,
+        "method": "vendor",
+        "operation": "revert",
+        "snapshots": [{"name": name, "data": {"image": f"{POOL}/array"}}],
+    }
+
+    def ask(revert_id: str) -> subprocess.CompletedProcess[str]:
+        own.poweroff()
+        asked = json.dumps({**request, "revert_id": revert_id})
+        done = subprocess.run(
+            [program], input=asked, capture_output=True, text=True, timeout=60, check=False
+        )
+        own.start()
+        return done
+
+    for revert_id, now in (("one", "before"), ("one", "since"), ("two", "before")):
+        done = ask(revert_id)
+        assert (done.returncode, json.loads(done.stdout)) == (0, {}), done.stderr
+        assert own.read("vda", "mark") == now
+        own.write("vda", "mark", "since")
+    settings = program.with_suffix(".json")
+    kept = settings.read_text()
+    settings.write_text(kept.replace(served.ceph.user, "nobody-there"))
+    done = ask("three")
+    settings.write_text(kept)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "rbd image-meta failed" in done.stderr
+    assert own.read("vda", "mark") == "since"
+    assert await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0) == [""]

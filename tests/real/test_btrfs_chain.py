@@ -120,6 +120,7 @@ async def test_a_chain_in_the_subvolume_is_a_view_of_its_own(
     ("how", "error", "by_name"),
     [
         ("absolute", "MethodNotSupported", "MethodNotSupported"),
+        ("absolute, outside", "MethodNotSupported", "NotUnderDisk"),
         ("json", "MethodNotSupported", "MethodNotSupported"),
         ("outside", "MethodNotSupported", "NotUnderDisk"),
         ("nested", "MethodNotSupported", "NotUnderDisk"),
@@ -140,6 +141,8 @@ async def test_a_chain_that_leads_out_of_the_snapshot_is_refused(
     name = "base.qcow2"
     if how == "absolute":
         name = str(base)
+    elif how == "absolute, outside":
+        name = str(shutil.move(base, places.folder() / "base.qcow2"))
     elif how == "json":
         name = f'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{base}"}}}}'
     elif how in ("outside", "nested"):

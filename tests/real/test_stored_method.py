@@ -127,7 +127,7 @@ async def test_bad_ones_are_refused_and_change_nothing(
     for method_xml, disk_xml, error in (
         ("<diskSnapshot method='nonsense'/>", VDA, "MethodUnknown"),
         ("<diskSnapshot method='qemu'><size>1</size></diskSnapshot>", VDA, "InvalidXML"),
-        ("<diskSnapshot method='reflink'/>", VDA, "MethodNotSupported"),
+        ("<diskSnapshot method='rbd'/>", VDA, "MethodNotSupported"),
         (QEMU, "<disk><target dev='vdz'/></disk>", "NoSuchDisk"),
         (QEMU, "<disk><target dev='vda'/><source file='/else'/></disk>", "DiskMismatch"),
         ("", "<disk><target dev='vdz'/></disk>", "NoSuchDisk"),

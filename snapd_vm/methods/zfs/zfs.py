@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from snapd_vm import command, storage
-from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
+from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed, TimedOut
 from snapd_vm.methods import chain, taken
 from snapd_vm.methods.folder import low_space
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
@@ -122,7 +122,7 @@ class Zfs:
             return True
         try:
             root = zfsview.open_root(one)
-        except StorageFailed as error:
+        except (StorageFailed, Busy, TimedOut) as error:
             log.warning("%s can't be read: %s", one.full, error)
             return False
         try:

@@ -26,7 +26,7 @@ RESERVE = 1 << 20
 """Bytes that must be free: a snapshot takes next to none, but what is overwritten then does."""
 
 MOUNTS = "/run/snapd-vm/zfs"
-"""Where a snapshot is mounted that the kernel does not show."""
+"""Where a snapshot is mounted for which the kernel has no folder that all see."""
 
 
 def claim(domain: Domain, disk: Disk, tag: Tag, *, asked: bool, named: str) -> Target:

@@ -75,7 +75,7 @@ def _snapshots(mount: Mount) -> str:
     The kernel mounts a snapshot when somebody enters it, in the host's own mount namespace.
     """
     path = os.path.join(mount.point, ".zfs/snapshot")
-    if not (mount.propagates or mounts.in_host()):
+    if not (mount.receives or mounts.in_host()):
         return ""
     return path if os.path.isdir(path) else ""
 

@@ -10,7 +10,7 @@ from snapd_vm import mounts, storage
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods import taken
 from snapd_vm.methods.method import Stored
-from snapd_vm.methods.zfs import zfsdataset, zfsplace
+from snapd_vm.methods.zfs import zfsdataset, zfsplace, zfsview
 from snapd_vm.methods.zfs.zfstarget import device_of
 from snapd_vm.model import Disk, Domain
 from snapd_vm.storage import FileId
@@ -34,6 +34,7 @@ def stored(domains: Iterable[Domain]) -> Iterator[Stored]:
                 datasets[dataset] = None
     if not datasets:
         return
+    table = mounts.table()
     for name, snapshot in zfsdataset.listed(list(datasets)).items():
         dataset, _, own = name.partition("@")
         clone = f"{os.path.dirname(dataset)}/{own}"
@@ -41,21 +42,23 @@ def stored(domains: Iterable[Domain]) -> Iterator[Stored]:
         user = devices.get(storage.file_id(device_of(clone)) or FileId(0, 0), "")
         if clone in snapshot.clones and not user:
             user = storage.reader_of(device_of(clone), "")
+        shown = [m for m in table if (m.type, m.source) == ("zfs", name)]
+        ours = [mount for mount in shown if zfsview.is_ours(mount)]
+        user = user or next(filter(None, (storage.reader_in(mount.device) for mount in shown)), "")
         used = (
             f"it has the clone {others[0]}" if others else f"it is used by {user}" if user else ""
         )
         words = [f"zfs release {zfsdataset.HOLD} {shlex.quote(name)}"]
         if clone in snapshot.clones:
             words.insert(0, f"zfs destroy {shlex.quote(clone)}")
-        mounted = [m.point for m in mounts.table() if (m.type, m.source) == ("zfs", name)]
-        words[:0] = [f"umount {shlex.quote(point)}" for point in mounted]
+        words[:0] = [f"umount {shlex.quote(mount.point)}" for mount in ours[:1]]
         yield Stored(
             name,
             own.removeprefix("snapd-vm-"),
             snapshot.label,
             snapshot.domain,
             f"{used}, which has to go first" if used else "nobody uses it",
-            "" if used else f"{'; '.join(words)}; zfs destroy {shlex.quote(name)}",
+            "" if used else " && ".join((*words, f"zfs destroy {shlex.quote(name)}")),
         )
 
 

@@ -17,8 +17,8 @@ class ZfsTarget(Taken):
     the snapshot after the `@`.
 
     Of a file: `inside` is its path in the dataset; `folder` that of the snapshot's root, and
-    `mounted` whether we have to mount the snapshot there. Of a volume: `clone` is the read-only
-    clone whose device is handed out, and `folder` ''.
+    `mounted` whether that is a folder of ours, and none in `.zfs/snapshot`. Of a volume: `clone`
+    is the read-only clone whose device is handed out, and `folder` ''.
 
     `shared`: other snapshots on record, of disks taken together, are in the same one.
     """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 
 from snapd_vm import command, mounts, storage
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 _DEVICE_S = 15.0
 _SETTLE_S = 5
 _BUSY_S = 5.0
+_mounting = threading.Lock()
 
 
 def show(one: ZfsTarget) -> None:
@@ -37,13 +39,12 @@ def show(one: ZfsTarget) -> None:
 
 
 def open_root(one: ZfsTarget) -> int:
-    """A descriptor of the root folder of the snapshot of a dataset. Raises StorageFailed.
+    """A descriptor of the root folder of the snapshot of a dataset. Raises SnapdErrors.
 
     To open it has the kernel mount it, where it is one of the `.zfs/snapshot`; what it can't (it
     starts a program for it, which can be missing or forbidden) is done here, in the same place.
     """
-    if one.mounted and mount_of(one) is None:
-        _make_folder(one.folder)
+    if one.mounted:
         _mount(one)
     try:
         return zfsplace.open_root(one.folder, one.full)
@@ -59,6 +60,11 @@ def mount_of(one: ZfsTarget) -> Mount | None:
     """The mount of the snapshot where it is read, if it is there; the question mounts nothing."""
     found = [m for m in mounts.table() if (m.type, m.source) == ("zfs", one.full)]
     return next((mount for mount in found if mount.point == one.folder), None)
+
+
+def is_ours(mount: Mount) -> bool:
+    """Whether a mount of a snapshot is one that was made here, and not by the kernel."""
+    return set(hostmount.SAFE.split(",")) <= set(mount.options)
 
 
 def device(one: ZfsTarget) -> int | None:
@@ -99,8 +105,8 @@ def hide(one: ZfsTarget) -> None:
             destroy(one.clone)
         return
     mount = mount_of(one)
-    if mount is not None and set(hostmount.SAFE.split(",")) <= set(mount.options):
-        hostmount.unmount(one.folder, "The snapshot")  # the kernel's own goes with the snapshot
+    if mount is not None and is_ours(mount):  # the kernel's own goes with the snapshot
+        hostmount.unmount(one.folder, "The snapshot")
     if one.mounted:
         hostmount.remove(one.folder)
 
@@ -162,9 +168,15 @@ def _make_folder(path: str) -> None:
 
 
 def _mount(one: ZfsTarget) -> None:
-    # systemd-mount(1) would make a unit of it, if it took for a source what is no path.
-    argv = ["mount", "-t", "zfs", "-o", hostmount.SAFE, "--", one.full, one.folder]
-    hostmount.run(argv, f"The snapshot can't be mounted on {one.folder}")
-    if mount_of(one) is None:
-        raise StorageFailed("The snapshot was mounted where the daemon does not see it.")
+    """Mount it where it is read, unless it is."""
+    with _mounting:  # those who ask for the sources of disks that were taken together
+        if mount_of(one) is not None:
+            return
+        if one.mounted:
+            _make_folder(one.folder)
+        # systemd-mount(1) would make a unit of it, if it took for a source what is no path.
+        argv = ["mount", "-t", "zfs", "-o", hostmount.SAFE, "--", one.full, one.folder]
+        hostmount.run(argv, f"The snapshot can't be mounted on {one.folder}")
+        if mount_of(one) is None:
+            raise StorageFailed("The snapshot was mounted where the daemon does not see it.")
     log.info("mounted %s", one.full)
