@@ -40,8 +40,8 @@ _snapd_vm() {
         case $command in
             create | plan) options+=" --json --name --method --quiesce-required --no-quiesce" ;;
             delete | revert) options+=" --json --no-wait" ;;
-            list | disks | methods) options+=" --json" ;;
-            set-method) options+=" --forget" ;;
+            list | disks | methods | get-method) options+=" --json" ;;
+            set-method) options+=" --json --forget" ;;
             daemon) options+=" --config --thaw-held" ;;
         esac
         mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")

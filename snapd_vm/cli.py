@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         sub = command(name, text)
         sub.add_argument("domain", metavar="DOMAIN", help="the domain's name or UUID")
         sub.add_argument("disk", metavar="DISK", help="a target such as vda, or a <disk> element")
+        _add_json(sub)
     wanted = sub.add_mutually_exclusive_group(required=True)
     wanted.add_argument(
         "method",

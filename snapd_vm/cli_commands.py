@@ -127,6 +127,8 @@ async def _methods(service: Service, options: argparse.Namespace) -> str:
 async def _get_method(service: Service, options: argparse.Namespace) -> str:
     domain = await service.find_domain(options.domain)
     (method,) = await service.call(domain, cli_bus.DOMAIN, "GetMethod", "s", disk_xml(options.disk))
+    if options.json:
+        return cli_text.as_json({"method": method})
     return f"{method}\n" if method else ""
 
 
@@ -135,7 +137,7 @@ async def _set_method(service: Service, options: argparse.Namespace) -> str:
     await service.call(
         domain, cli_bus.DOMAIN, "SetMethod", "ss", disk_xml(options.disk), options.method
     )
-    return ""
+    return cli_text.as_json({"method": options.method}) if options.json else ""
 
 
 async def _complete(service: Service, options: argparse.Namespace) -> str:

@@ -251,6 +251,10 @@ def test_the_stored_method(bus: str, service: FakeService) -> None:
     ):
         assert done(snapd_vm(bus, "set-method", "web", "vda", given)) == ""
         assert service.last("SetMethod").body == ['<disk><target dev="vda"/></disk>', stored]
+        told = json.loads(done(snapd_vm(bus, "set-method", "web", "vda", given, "--json")))
+        assert told == {"method": stored}
+    told = json.loads(done(snapd_vm(bus, "get-method", "web", "vda", "--json")))
+    assert told == {"method": STORED}
     for wrong in ([], ["qemu", "--forget"]):
         assert snapd_vm(bus, "set-method", "web", "vda", *wrong).returncode == 2
 

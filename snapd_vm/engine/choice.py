@@ -110,7 +110,7 @@ def choose(
     for request in requests:
         found = select.find_in(domain, request.disk)
         if found.error is not None or found.disk is None:
-            raise found.error or HypervisorUnavailable("The disk is gone.")
+            raise found.error or HypervisorUnavailable("The disk is gone; look at Disks.")
         disks.append(found.disk)
     targets = [disk.target for disk in disks]
     twice = next((target for target in targets if targets.count(target) > 1), "")
@@ -135,7 +135,7 @@ def check(world: World, choices: Choices) -> Choices:
         job = world.hypervisor.running_job(uuid, choice.disk.target)
         if job or choice.disk.mirror:
             problem = f"{job[:1].upper()}{job[1:]}; wait for its end." if job else ""
-            raise Busy(problem or "A block job runs.")
+            raise Busy(problem or "A block job runs on the disk; wait for its end.")
     floor = _floor(world, choices.domain)
     sized = tuple(
         dataclasses.replace(

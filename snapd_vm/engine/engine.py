@@ -205,7 +205,7 @@ class Engine:
             await asyncio.wait([task], timeout=more)
             running.give_up(past_return=True)
         if not task.done():
-            raise TimedOut(f"{_HANGS} What was begun is undone when they do.")
+            raise TimedOut(f"{_HANGS[:-1]}; what was begun is undone when they do.")
         return await asyncio.shield(task)
 
     async def delete(self, snapshot_uuid: str, uid: int) -> str:

@@ -63,7 +63,7 @@ class Jobs:
         """Ask a job to stop, and wait for its end. Raises InvalidState if it can't any more."""
         running = self._running.get(number)
         if running is None:
-            raise InvalidState("The job has ended.")
+            raise InvalidState("The job has ended; look at its Result.")
         running.cancel()
         await running.over.wait()
 

@@ -49,5 +49,5 @@ def _found(world: World, request: Request) -> tuple[Domain, Disk]:
     domain = world.hypervisor.read(request.uuid)
     found = select.find_in(domain, request.disk)
     if found.error is not None or found.disk is None:
-        raise found.error or NoSuchDisk("The disk is gone.")
+        raise found.error or NoSuchDisk("The disk is gone; look at Disks.")
     return domain, found.disk

@@ -41,8 +41,8 @@ def refuse(hypervisor: Hypervisor, session: Session, found: RbdTarget) -> None:
     if len(others) > own:
         raise Busy(
             f"The image of the snapshot is open at {_addresses(others)}, by one client more than "
-            "the domain's own, and Ceph does not tell what it reads; wait for its end. A client "
-            "that crashed is forgotten after half a minute."
+            "the domain's own, and Ceph does not tell what it reads; wait for its end (half a "
+            "minute, if it has crashed)."
         )
 
 
@@ -51,8 +51,8 @@ def refuse_any(session: Session, found: RbdTarget) -> None:
     others = session.ask("users", image=found.place.words, name=found.name)["watchers"]
     if others:
         raise Busy(
-            f"The image of the disk is open at {_addresses(others)}; wait for its end. A client "
-            "that crashed is forgotten after half a minute."
+            f"The image of the disk is open at {_addresses(others)}; wait for the end of that "
+            "(half a minute, if that client has crashed)."
         )
 
 
