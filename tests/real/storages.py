@@ -422,7 +422,10 @@ class Volumes(OnHost):
         self._without = lab.folder("without")
 
     def contents(self) -> Collection[str]:
-        return self._group.contents()
+        """Of a thin disk that has gone back to a snapshot, that is the origin: it is left out."""
+        lines = self._group.contents()
+        own = f"{self._device.name} "
+        return [line.rpartition(" ")[0] if line.startswith(own) else line for line in lines]
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
