@@ -313,7 +313,8 @@ class Copy:
         return target
 
     def _runs_on(self, path: str, tag: Tag) -> bool:
-        return self._context.domain(tag.domain_uuid).active and bool(self._context.reader_of(path))
+        # Who has it open first: the domain may be gone, and then nobody has.
+        return bool(self._context.reader_of(path)) and self._context.domain(tag.domain_uuid).active
 
     def _off(self, tag: Tag) -> Domain:
         domain = self._context.domain(tag.domain_uuid)
