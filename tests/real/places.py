@@ -23,7 +23,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
-from tests.real.api import DOMAIN, MANAGER, Api, ApiError, path_of
+from tests.real.api import DOMAIN, MANAGER, SNAPSHOT, Api, ApiError, Created, path_of
 
 INACTIVE = 2  # VIR_DOMAIN_XML_INACTIVE
 LIVE, CONFIG = 1, 2  # VIR_DOMAIN_AFFECT_…
@@ -136,6 +136,14 @@ async def reconnected(api: Api, guest: Guest) -> None:
             if (await api.properties(ROOT_PATH, MANAGER))["Connected"]:
                 return
         assert asyncio.get_running_loop().time() < deadline, "not connected again"
+        await asyncio.sleep(0.1)
+
+
+async def ready(api: Api, created: Created) -> None:
+    """Wait until what was begun with a snapshot is settled."""
+    deadline = asyncio.get_running_loop().time() + 60
+    while (await api.properties(created.snapshot, SNAPSHOT))["State"] != "ready":
+        assert asyncio.get_running_loop().time() < deadline
         await asyncio.sleep(0.1)
 
 

@@ -39,7 +39,7 @@ from tests.real.api import (
 from tests.real.api import NAME as BUS_NAME
 from tests.real.arrays import METHOD, NAME, Array
 from tests.real.conftest import Connect
-from tests.real.places import refused, unchanged
+from tests.real.places import ready, refused, unchanged
 from tests.real.test_crash import FAULTY, faulty
 
 __all__ = ["faulty"]
@@ -422,10 +422,7 @@ async def test_a_disk_goes_back_to_it(api: Api, array: Array, own: Guest) -> Non
     array.faults(revert="die")  # cut off: asked for again, and the same again
     await refused(api.call(*revert), "StorageFailed")
     array.faults()
-    deadline = time.monotonic() + 60
-    while await state_of(api, created.snapshot) != "ready":
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
+    await ready(api, created)
     own.start()
     assert own.read("vda", "mark") == "before"
     await delete(api, created)
@@ -484,10 +481,7 @@ async def test_a_revert_whose_answer_was_lost_is_not_done_twice(
     array.faults()
     faulty.daemon.start(array.config)
     api = await connect()
-    deadline = time.monotonic() + 60
-    while await state_of(api, created.snapshot) != "ready":
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
+    await ready(api, created)
     own.start()
     assert own.read("vda", "mark") == "since"
     own.poweroff()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
-from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
+from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
 from tests.real.arrays import COPY, COPY_METHOD, Plugin
 from tests.real.conftest import Connect
-from tests.real.places import Places, file_of, refused, unchanged, with_image
+from tests.real.places import Places, file_of, ready, refused, unchanged, with_image
 from tests.real.test_crash import FAULTY, faulty
 
 __all__ = ["faulty"]
@@ -211,14 +210,6 @@ async def test_killed_in_a_revert_at(
     assert own.read("vda", "mark") == ("before" if done else "after")
     await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
     assert plugin.copies == set()
-
-
-async def ready(api: Api, created: Created) -> None:
-    """Wait until what an earlier daemon had begun is settled."""
-    deadline = asyncio.get_running_loop().time() + 60
-    while (await api.properties(created.snapshot, SNAPSHOT))["State"] != "ready":
-        assert asyncio.get_running_loop().time() < deadline
-        await asyncio.sleep(0.1)
 
 
 # -- others, that are worse ------------------------------------------------------------------------
