@@ -10,7 +10,8 @@ import pytest
 from snapd_vm import command
 from snapd_vm.config import LvmConfig
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
-from snapd_vm.methods.lvm import devicemapper, lvmclaim, lvmfile
+from snapd_vm.methods import taken
+from snapd_vm.methods.lvm import devicemapper, lvmclaim
 from snapd_vm.methods.lvm.lvm import Lvm
 from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 from snapd_vm.model import Disk, Domain, MethodRequest, Tag
@@ -191,12 +192,12 @@ def test_a_disk_that_is_no_volume(volume: Disk) -> None:
 
 def test_what_is_asked_for_only(volume: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     alone: list[object] = []
-    monkeypatch.setattr(lvmfile, "check_alone", lambda *given: alone.append(given))
+    monkeypatch.setattr(taken, "check_alone", lambda one, _, *, named: alone.append((one, named)))
     qcow2 = disk("/dev/v-g/lv", image_format="qcow2")
     with pytest.raises(MethodNotSupported, match="use method qemu"):
         claim(qcow2)
     assert claim(qcow2, device="/dev/v-g/lv").format == "qcow2"
-    assert alone == [("vda", "/dev/v-g/lv", "qcow2", NotUnderDisk)]
+    assert alone == [(qcow2, True)]
     with pytest.raises(MethodNotSupported, match="use method qemu"):
         claim(disk("/dev/v-g/lv", image_format="vmdk"), device="/dev/v-g/lv")
 

@@ -96,6 +96,11 @@ class Choices:
         """Whether the vCPUs, which run, are stopped for the switch."""
         return self.still and self.domain.active and self.domain.state != "paused"
 
+    @property
+    def unfrozen(self) -> Consistency:
+        """What comes of it if nothing is frozen."""
+        return Consistency.PAUSED if self.stops else self.floor
+
 
 def choose(
     world: World, uuid: str, requests: Sequence[Request], known: Sequence[Snapshot]
@@ -203,9 +208,7 @@ def plan(world: World, uuid: str, request: Request, known: Sequence[Snapshot]) -
         survey.ask(choices.domain, choices.targets)
         choices = check(world, choices)
         quiesce = survey.result(choices.floor)
-    best = Consistency.QUIESCED if quiesce is not None else choices.floor
-    if best is Consistency.CRASH and choices.stops:
-        best = Consistency.PAUSED
+    best = Consistency.QUIESCED if quiesce is not None else choices.unfrozen
     [draft] = drafts(choices, best)
     warnings = list(choices.needs.warnings)
     if choices.domain.nvram:

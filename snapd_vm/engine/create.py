@@ -178,7 +178,7 @@ def _take(
             moved = moved or (resumed() and not stops)
             if moved and choices.still and not frozen.quiesced:
                 raise Busy("The domain was started, stopped or resumed meanwhile; try again.")
-            consistency = _achieved(choices, frozen, stopped=stops, moved=moved)
+            consistency = _achieved(choices, frozen, moved=moved)
             snapshots = _read_back(choices, operation, now, consistency, frozen)
         finally:
             wait([put_back])
@@ -194,15 +194,13 @@ def _of(method: str, operation: Operation) -> Sequence[Target]:
     return [target for target in operation.targets if target.method == method]
 
 
-def _achieved(
-    choices: Choices, frozen: freeze.Frozen, *, stopped: bool, moved: bool
-) -> Consistency:
+def _achieved(choices: Choices, frozen: freeze.Frozen, *, moved: bool) -> Consistency:
     """The consistency that came of it; `moved`: the guest's state may have changed meanwhile."""
     if frozen.quiesced:
         return Consistency.QUIESCED
     if moved:
         return Consistency.CRASH
-    return Consistency.PAUSED if stopped else choices.floor
+    return choices.unfrozen
 
 
 def _read_back(

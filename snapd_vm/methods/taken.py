@@ -121,6 +121,34 @@ def check_fit(
         raise MethodNotSupported(f"Disk {disk.target} {problem}")
 
 
+def elsewhere(disk: str, holder: str) -> str:
+    """Why an image with a part of itself in others is refused, of which `holder` is the one."""
+    return (
+        f"The image of disk {disk} has a backing file, or its data in another, which {holder} does "
+        "not hold; use method qemu."
+    )
+
+
+def check_alone(disk: Disk, holder: str, *, named: bool) -> None:
+    """Refuse a disk whose image, on a device, has a part of itself elsewhere.
+
+    `holder` is what holds the image alone. Raises MethodNotSupported, or NotUnderDisk where the
+    caller has `named` the layer; and StorageFailed.
+    """
+    alone = not disk.chain
+    if alone and disk.format != "raw":
+        try:
+            fd = os.open(disk.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageFailed(f"{disk.path} can't be opened: {error.strerror}.") from error
+        try:
+            alone = not chain.lies_on_others(fd, disk.format)
+        finally:
+            os.close(fd)
+    if not alone:
+        raise (NotUnderDisk if named else MethodNotSupported)(elsewhere(disk.target, holder))
+
+
 def open_image(disk: Disk, image: str) -> int:
     """A descriptor of a disk's file, whose real path is `image`. Raises MethodNotSupported."""
     try:

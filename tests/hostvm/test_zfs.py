@@ -12,6 +12,7 @@ from lxml import etree
 
 from tests.hostvm.inside import LIMIT_S, conforms, define, passes, stands_anything
 from tests.lab.hostvm import HostVm
+from tests.lab.zpool import NO_AUTOMOUNT
 
 DOMAIN = """<domain type='qemu'>
   <name>pooled</name><memory unit='MiB'>64</memory>
@@ -73,14 +74,6 @@ def test_confined_by_its_unit_the_service_snapshots_all_three(vm: HostVm, pooled
         vm.check("snapd-vm", "delete", f"pooled/{target}/{name}", timeout=120)
     vm.check("bash", "-c", "zfs list -H -t all -o name,userrefs | diff /root/before -")
     assert vm.check("findmnt", "-n", "-l", "-t", "zfs", "-o", "SOURCE").count("@") == 0
-
-
-NO_AUTOMOUNT = r"""
-cp /usr/bin/env /root/env
-printf '#!/bin/sh\n[ "$1" != mount ] || exit 1\nexec /root/env "$@"\n' > /root/fails
-chmod 755 /root/fails
-mount --bind /root/fails /usr/bin/env
-"""
 
 
 def test_what_the_kernel_does_not_show_it_mounts_for_the_whole_host(

@@ -11,6 +11,15 @@ from tests.lab.deadline import wait_until
 from tests.lab.lab import Lab
 from tests.lab.program import attempt, run
 
+NO_AUTOMOUNT = r"""
+cp /usr/bin/env /root/env
+printf '#!/bin/sh\n[ "$1" != mount ] || exit 1\nexec /root/env "$@"\n' > /root/fails
+chmod 755 /root/fails
+mount --bind /root/fails /usr/bin/env
+"""
+"""For bash, in a VM: the kernel can't mount a snapshot that somebody enters, as the `env mount` it
+starts for that fails; until /usr/bin/env is unmounted."""
+
 
 @dataclass(frozen=True)
 class Pool:

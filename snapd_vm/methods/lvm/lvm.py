@@ -112,8 +112,6 @@ class Lvm:
             one = LvmTarget.of(target)
             if one.image:
                 lvmmount.check()
-            elif one.format != "raw":
-                lvmfile.check_alone(target.disk, one.origin, one.format)
             image = one.image or os.path.realpath(one.origin)
             check_links(self._hypervisor, one.declared, image)
             if not one.active:

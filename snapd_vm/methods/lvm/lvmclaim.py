@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from snapd_vm import command, mounts
 from snapd_vm.errors import MethodNotSupported, NotUnderDisk
 from snapd_vm.methods import chain, taken
-from snapd_vm.methods.lvm import devicemapper, lvmfile, lvmmount
+from snapd_vm.methods.lvm import devicemapper, lvmmount
 from snapd_vm.methods.lvm.devicemapper import Volume
 from snapd_vm.methods.lvm.lvmvolumes import PROGRAMS
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Tag, Target
@@ -47,8 +47,8 @@ def claim(
         raise NotUnderDisk(_not_under(disk, named, volume))
     if volume is None:
         raise MethodNotSupported(f"Disk {disk.target} is not a logical volume.")
-    if named and not file and disk.format != "raw":
-        lvmfile.check_alone(disk.target, disk.path, disk.format, NotUnderDisk)
+    if not file:
+        taken.check_alone(disk, "a snapshot of the logical volume", named=bool(named))
     wanted = int(options.get("size", "0"))
     problem = _unfit_volume(disk, volume, tag, wanted) or missing()
     if problem:

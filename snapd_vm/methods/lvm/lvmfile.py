@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 
-from snapd_vm.errors import MethodNotSupported, NoSpace, SnapdError, StorageFailed
+from snapd_vm.errors import NoSpace, StorageFailed
 from snapd_vm.methods import chain, clone, cloneback, copyback
 from snapd_vm.methods.folder import open_folder
 from snapd_vm.methods.lvm import lvmmount, lvmsizes, lvmvolumes
@@ -15,25 +15,6 @@ from snapd_vm.methods.lvm.lvmtarget import LvmTarget
 log = logging.getLogger(__name__)
 
 _libc = ctypes.CDLL(None, use_errno=True)  # syncfs(2), which Python lacks
-
-
-def check_alone(
-    disk: str, device: str, image_format: str, error_type: type[SnapdError] = MethodNotSupported
-) -> None:
-    """Refuse a qcow2 image on a volume that has a part of itself elsewhere, with this error."""
-    try:
-        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageFailed(f"{device} can't be opened: {error.strerror}.") from error
-    try:
-        alone = not chain.lies_on_others(fd, image_format)
-    finally:
-        os.close(fd)
-    if not alone:
-        raise error_type(
-            f"The image of disk {disk} has a backing file, or its data in another, which a "
-            "snapshot of the logical volume does not hold; use method qemu."
-        )
 
 
 def write_out(hypervisor: cloneback.Hypervisor, one: LvmTarget) -> None:

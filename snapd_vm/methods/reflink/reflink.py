@@ -28,6 +28,8 @@ from snapd_vm.storage import FileId
 
 log = logging.getLogger(__name__)
 
+_HOLDER = "a clone of it"
+
 
 @dataclass(slots=True)
 class _Draft:
@@ -70,7 +72,7 @@ class Reflink:
             formats = taken.RAW if request is None else chain.FORMATS
             taken.check_fit(disk, self.name, {"file": "files"}, formats)
             if disk.chain:
-                raise MethodNotSupported(_not_alone(disk.target))
+                raise MethodNotSupported(taken.elsewhere(disk.target, _HOLDER))
             identity = _regular(disk, image)
         except MethodNotSupported:
             if request is not None:
@@ -117,7 +119,7 @@ class Reflink:
                 image = clone.open_image(folder, os.path.basename(copy.image), copy.identity)
                 try:
                     if chain.lies_on_others(image, copy.format):
-                        raise MethodNotSupported(_not_alone(target.disk))
+                        raise MethodNotSupported(taken.elsewhere(target.disk, _HOLDER))
                     clone.try_with(folder, image, tag)
                     used = os.fstat(image).st_blocks * 512
                 finally:
@@ -289,13 +291,6 @@ class Reflink:
             return False
         draft.close()
         return True
-
-
-def _not_alone(disk: str) -> str:
-    return (
-        f"The image of disk {disk} has a backing file, or its data in another, which a clone of it "
-        "does not hold; use method qemu."
-    )
 
 
 def _origin(target: Target) -> cloneback.Origin:

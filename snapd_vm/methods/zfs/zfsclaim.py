@@ -63,11 +63,7 @@ def _volume(disk: Disk, tag: Tag, named: str) -> dict[str, Json]:
     volume = zfsplace.volume_at(disk.path)
     if "@" in volume:
         raise MethodNotSupported(f"Disk {disk.target} is a snapshot already, and never changes.")
-    if disk.chain or _lies_on_others(disk):
-        raise (NotUnderDisk if named else MethodNotSupported)(
-            f"The image of disk {disk.target} has a backing file, or its data in another, which a "
-            "snapshot of the volume does not hold; use method qemu."
-        )
+    taken.check_alone(disk, "a snapshot of the volume", named=bool(named))
     identity = storage.file_id(disk.path) or FileId(0, 0)
     return {
         **taken.identified(os.path.realpath(disk.path), identity),
@@ -79,17 +75,6 @@ def _volume(disk: Disk, tag: Tag, named: str) -> dict[str, Json]:
         "mounted": False,
         "clone": f"{os.path.dirname(volume)}/{tag.storage_name}",
     }
-
-
-def _lies_on_others(disk: Disk) -> bool:
-    try:
-        fd = os.open(disk.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageFailed(f"{disk.path} can't be opened: {error.strerror}.") from error
-    try:
-        return chain.lies_on_others(fd, disk.format)
-    finally:
-        os.close(fd)
 
 
 def _file(disk: Disk, tag: Tag, named: str) -> dict[str, Json]:
