@@ -146,6 +146,7 @@ async def test_a_qcow2_image_on_a_volume(
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, device)
     error = await refused(api.create(guest, method_xml=LVM), "MethodNotSupported")
     assert "backing file" in error.text
+    await refused(api.plan(guest, method_xml=on(device)), "NotUnderDisk")
 
 
 async def test_a_set_is_all_or_nothing(api: Api, places: Places, group: Group) -> None:
