@@ -52,6 +52,15 @@ def _stat(pid: int) -> tuple[str, int] | None:
     return fields[0], int(fields[19])
 
 
+def open_files(pid: int) -> list[str]:
+    """What its descriptors lead to (proc(5), /proc/PID/fd); one may be closed meanwhile."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(entry))
+    return found
+
+
 def end(process: Process, timeout: float = 5) -> None:
     """Terminate, wait, kill, wait."""
     for number, patience in ((signal.SIGTERM, timeout), (signal.SIGKILL, 10.0)):

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -26,6 +25,7 @@ from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
+from tests.lab.process import open_files
 from tests.lab.program import attempt, run
 from tests.real import images
 from tests.real.api import QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError, Created
@@ -137,11 +137,7 @@ async def agrees_btrfs(api: Api, guest: Guest, files_before: set[str], file_befo
 
 def unnamed(daemon: Daemon) -> list[str]:
     """Files without a name in folders of images that the daemon still has open."""
-    links = []
-    for entry in Path(f"/proc/{daemon.pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            links.append(os.readlink(entry))
-    return [link for link in links if link.endswith(" (deleted)") and "/#" in link]
+    return [link for link in open_files(daemon.pid) if link.endswith(" (deleted)") and "/#" in link]
 
 
 def raw_of(created: Created, to: Path) -> Path:

@@ -15,6 +15,7 @@ from tests.lab.deadline import wait_until
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
+from tests.lab.process import open_files
 from tests.lab.program import attempt, run
 from tests.real import images
 from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, Created
@@ -67,10 +68,6 @@ def files(own: Guest) -> set[str]:
 def text_in(image: str, file: str) -> str:
     """What a file in an ext4 image holds; '' if it is not there."""
     return attempt(["debugfs", "-R", f"cat {file}", image], timeout=60).stdout.strip()
-
-
-def opened_by(pid: int, path: str) -> bool:
-    return any(os.readlink(fd) == path for fd in Path(f"/proc/{pid}/fd").iterdir())
 
 
 @pytest.mark.parametrize("target", ["vda", "vdb"])
@@ -147,7 +144,7 @@ async def test_a_clone_that_is_being_read_is_not_deleted(api: Api, own: Guest) -
     created = await create(api, own)
     with subprocess.Popen(["tail", "-f", created.file], stdout=subprocess.DEVNULL) as reader:
         try:
-            wait_until("it reads", lambda: opened_by(reader.pid, created.file), 10)
+            wait_until("it reads", lambda: created.file in open_files(reader.pid), 10)
             error = await refused(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0), "Busy")
         finally:
             reader.kill()
