@@ -54,14 +54,14 @@ def built_in_methods(settings: Config, hypervisor: Hypervisor) -> Mapping[str, M
     """The methods of this daemon, in the order in which a default is looked for."""
     table = settings.qemu
     in_order: Sequence[Method] = (
-        Rbd(hypervisor, settings.frozen_limit_s, settings.low_space_percent),
+        Rbd(hypervisor, settings.low_space_percent),
         Lvm(
             hypervisor,
             str(settings.state_dir / "mounts"),
             settings.lvm,
             settings.low_space_percent,
         ),
-        Zfs(hypervisor, settings.frozen_limit_s, settings.low_space_percent),
+        Zfs(hypervisor, settings.low_space_percent),
         Btrfs(hypervisor, settings.btrfs.snapshot_dir, settings.low_space_percent),
         Reflink(hypervisor, settings.low_space_percent),
         Qemu(

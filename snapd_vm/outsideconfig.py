@@ -32,8 +32,8 @@ class PluginsConfig:
 class ExecutableConfig:
     """One `[[executable]]`: a program that is a method; see methods/outside/executable.py.
 
-    `timeout_s`: the limit of each of its runs; inside the freeze it is less, see there. `user`: who
-    it runs as, '' for root. `capabilities`: what it keeps of root's, by their names without "cap_".
+    `timeout_s`: the limit of each of its runs. `user`: who it runs as, '' for root. `capabilities`:
+    what it keeps of root's, by their names without "cap_".
     `source_dirs`: absolute folders in one of which each file or device that it hands out must lie.
     `schema`: a file with the RELAX NG schema of its `<diskSnapshot>`; None: that must be empty.
     `reverts`: it knows the operation revert.

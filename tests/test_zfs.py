@@ -76,7 +76,7 @@ def test_a_long_name_is_cut() -> None:
 def test_one_command_takes_all_with_our_properties(programs: Programs) -> None:
     tag = Tag(UUID, "nightly", OTHER, HOSTILE, 1_700_000_000_000_000)
     names = [f"tank/vm@snapd-vm-{UUID}", f"tank/vol 1@snapd-vm-{OTHER}"]
-    zfsdataset.take(names, tag, {"vda": UUID, "sd b=": OTHER}, 5, "mark")
+    zfsdataset.take(names, tag, {"vda": UUID, "sd b=": OTHER}, "mark")
     ((program, verb, *words),) = programs.ran
     assert (program, verb) == ("zfs", "snapshot")
     assert words[-2:] == names
@@ -342,7 +342,7 @@ def test_the_snapshots_of_a_dataset_are_looked_at_by_one_program(
     rows = [f"tank/vm@s{uuid}\torg.snapd-vm:snapshots\tvda={uuid}\tlocal\n" for uuid in uuids]
     programs.answer = "".join(rows)
     hypervisor: Any = None
-    method = Zfs(hypervisor, 5, 10)
+    method = Zfs(hypervisor, 10)
     targets = [snapshot_of("tank/vm", uuid) for uuid in uuids]
     assert [method.standing(target, {}).state for target in targets] == ["ready"] * 5
     assert len(programs.ran) == 1

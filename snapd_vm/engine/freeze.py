@@ -29,7 +29,7 @@ _RESCUE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What came of it. `frozen_us`: from sending the freeze to the thaw's answer, in µs.
+    """What came of it. `frozen_us`: from sending the freeze to the answer of the first thaw, in µs.
 
     `error` is what a caller who requires quiescing is told, or None where the guest was frozen all
     through the switch and thawed. `held`: the guest may be frozen still.
@@ -140,7 +140,8 @@ def _frozen(
         _, thawed = _thaw(agent, timeout)
         raise SwitchFailed(error, held=not thawed) from error
     released, thawed = _thaw(agent, timeout)
-    frozen_us = int((time.monotonic() - started) * 1e6)
+    thawed_at = rescue.freed_at or time.monotonic()
+    frozen_us = int((thawed_at - started) * 1e6)
     problem: SnapdError | None = None
     if rescue.fired:
         problem = QuiesceTimedOut("The guest was frozen for too long and was thawed meanwhile.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from snapd_vm.journald import MessageId, fields
@@ -17,11 +18,13 @@ class Rescue:
     """Releases a guest after a time, from a thread of its own, until it is told to end.
 
     The thread is there before the guest is held, as it could fail to start after it. `release` says
-    whether the guest is free for certain; until then it is called again.
+    whether the guest is free for certain; until then it is called again. `fired`: it was called, or
+    is about to be; `freed_at`: when the guest was free by it (time.monotonic), or None.
     """
 
     def __init__(self, seconds: float, release: Callable[[], bool]) -> None:
         self.fired = False
+        self.freed_at: float | None = None
         self._seconds = seconds
         self._release = release
         self._begun = threading.Event()
@@ -50,3 +53,4 @@ class Rescue:
         while not self._release():
             if self._ended.wait(_PAUSE_S):
                 return
+        self.freed_at = time.monotonic()

@@ -69,7 +69,7 @@ class Method(Protocol):
         """Whether the domain uses another image once the snapshot is taken."""
 
     def together(self, targets: Sequence[Target]) -> bool:
-        """Whether `create` takes these at one instant, and not one after the other."""
+        """Whether `create` takes these, or this one, at one instant, and not bit by bit."""
 
     def suits(self, disk: Disk) -> str:
         """What kind of disk it is, in words, that the method is the default for."""

@@ -118,6 +118,8 @@ def refuse(name: str, message: str) -> None:
 def fault(operation: str) -> None:
     """What goes wrong with it, if anything does."""
     match SETTINGS.get("faults", {}).get(operation, "").partition(":"):
+        case ("wait", _, seconds):
+            time.sleep(float(seconds))
         case ("hang", _, _):
             time.sleep(600)
         case ("hang-child", _, _):

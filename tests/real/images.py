@@ -50,6 +50,11 @@ def is_clean(raw: Path) -> bool:
     return attempt(["e2fsck", "-fn", raw], timeout=60).returncode == 0
 
 
+def recovers(raw: Path) -> bool:
+    """Whether e2fsck mends the image by its journal, and finds nothing afterwards."""
+    return attempt(["e2fsck", "-fy", raw], timeout=60).returncode in (0, 1) and is_clean(raw)
+
+
 def chain(path: str | Path) -> list[str]:
     """The files of an image's backing chain, itself first."""
     argv = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", path]

@@ -40,8 +40,8 @@ class Storage(Protocol):
     `method` takes that disk by default; `format` is that of the backup source. `config` is what the
     daemon is to be told for it. `snapshot_s` bounds a Create from its call to its answer, in
     seconds: a guest inside a host's VM is slow. One whose method is no default has `xml` to ask for
-    it, and `env` is the environment that its daemon needs; see `xml_of` and `env_of`, and
-    `takes_back_only_newest`.
+    it, and `env` is the environment that its daemon needs; see `xml_of` and `env_of`,
+    `unfrozen_of` and `takes_back_only_newest`.
     """
 
     method: str
@@ -92,6 +92,11 @@ def takes_back_only_newest(storage: Storage) -> bool:
     return bool(getattr(storage, "only_newest", False))
 
 
+def unfrozen_of(storage: Storage) -> str:
+    """The consistency of a snapshot of a running guest that is not frozen."""
+    return str(getattr(storage, "unfrozen", "crash"))
+
+
 def env_of(storage: Storage) -> Mapping[str, str]:
     """What the environment of its daemon has besides."""
     found: Mapping[str, str] = getattr(storage, "env", {})
@@ -119,6 +124,7 @@ class Copies(OnHost):
 
     def __init__(self, lab: Lab, mounted: Mounted, made: Array | Plugin) -> None:
         self.method, self.xml = made.name, made.xml
+        self.unfrozen = "paused" if isinstance(made, Plugin) else "crash"
         self.config: Mapping[str, Any] = made.config
         self.env: Mapping[str, str] = made.env
         self._mounted, self._made = mounted, made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,31 @@ async def test_it_is_made_read_and_deleted(
     assert plugin.copies == set()
     assert own.domain.XMLDesc() == xml
     assert own.read("vda", "mark") == "after"
+
+
+async def test_a_guest_that_is_not_frozen_stands_still_for_it(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest
+) -> None:
+    """A copy of an image that is written to meanwhile would be of no instant at all."""
+    plugin = Plugin.install(lab)
+    argv = (*FAULTY, "--at", Step.STOPPED, "--do", "sleep:4")
+    faulty.daemon.start({**plugin.config, "frozen_limit_s": 30}, argv=argv, env=plugin.env)
+    api = await connect()
+    assert (await api.plan(own, method_xml=COPY_METHOD, flags=NO_QUIESCE))[
+        "consistency"
+    ] == "paused"
+    call = asyncio.create_task(api.create(own, method_xml=COPY_METHOD, flags=NO_QUIESCE))
+    await asyncio.to_thread(own.wait_state, "paused", 10)
+    created = await call
+    assert created.ours("consistency") == "paused"
+    own.writes_go_on()
+    await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+    faulty.daemon.stop()
+    faulty.daemon.start({**plugin.config, "frozen_limit_s": 1}, argv=argv, env=plugin.env)
+    api = await connect()
+    await refused(api.create(own, method_xml=COPY_METHOD, flags=NO_QUIESCE), "TimedOut")
+    own.writes_go_on()
+    assert plugin.copies == set()
 
 
 async def test_several_disks_and_one_that_is_not_raw(api: Api, plugin: Plugin, own: Guest) -> None:

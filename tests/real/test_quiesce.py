@@ -209,6 +209,8 @@ async def test_the_frozen_limit(connect: Connect, faulty: Lab, own: Guest, requi
     else:
         assert not isinstance(answer, BaseException)
         assert answer.ours("consistency") == "crash"
+        told = await api.properties(answer.snapshot, SNAPSHOT)
+        assert 1 <= told["FrozenTime"] / 1e6 < 2.5
 
 
 async def test_frozen_by_somebody_else_is_busy_and_not_thawed(api: Api, own: Guest) -> None:

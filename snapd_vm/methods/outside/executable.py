@@ -4,7 +4,7 @@ The program says whether a disk is one for it, and makes, removes and tells of t
 a backup reads is built here, of what it answers only after it was looked at: a file or device in a
 folder that the configuration names, or a snapshot of the disk's own network source. It is never the
 default for a disk, as to ask it costs a program. Only its `create` runs while the guest stands
-still; the limit of that is below the freeze's own.
+still; where it takes too long for that the guest goes on, and the program does too.
 """
 
 from __future__ import annotations
@@ -48,16 +48,11 @@ class Executable:
     redirects = False
     on_request = True
 
-    def __init__(
-        self, settings: ExecutableConfig, hypervisor: Hypervisor, frozen_limit_s: float, mark: str
-    ) -> None:
+    def __init__(self, settings: ExecutableConfig, hypervisor: Hypervisor, mark: str) -> None:
         self.name = settings.name
         self._program = Program(settings, mark)
         self._source_dirs = settings.source_dirs
         self.hypervisor = hypervisor
-        # Thawed in time, whatever it does: half a second is left where a second can't be.
-        in_freeze = max(frozen_limit_s - 1, frozen_limit_s / 2)
-        self._create_limit = min(settings.timeout_s, in_freeze)
         self._unsaid: list[str] = []
         self._first = threading.Lock()
         self._is_alone = False
@@ -153,7 +148,7 @@ class Executable:
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One run for all; what it writes to stderr is told when the guest goes on."""
         snapshots = [Asked.of(target).snapshot for target in targets]
-        self.ask("create", snapshots, limit=self._create_limit, said=self._unsaid)
+        self.ask("create", snapshots, said=self._unsaid)
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether the program says that it is ready, and its file or device is there."""

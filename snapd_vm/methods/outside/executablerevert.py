@@ -35,10 +35,8 @@ class _Come(Enum):
 class RevertingExecutable(Executable):
     """An Executable whose program knows the operation revert."""
 
-    def __init__(
-        self, settings: ExecutableConfig, hypervisor: Hypervisor, frozen_limit_s: float, mark: str
-    ) -> None:
-        super().__init__(settings, hypervisor, frozen_limit_s, mark)
+    def __init__(self, settings: ExecutableConfig, hypervisor: Hypervisor, mark: str) -> None:
+        super().__init__(settings, hypervisor, mark)
         self._come: dict[str, _Come] = {}
 
     def check_revert(self, target: Target, tag: Tag, others: Sequence[Target]) -> Target:

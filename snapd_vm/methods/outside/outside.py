@@ -67,7 +67,7 @@ def _executable(
         raise ConfigError(f"the schema of method '{one.name}' can't be used: {error}") from None
     kind = RevertingExecutable if one.reverts else Executable
     mark = f"{one.name}@{settings.state_dir}"
-    method = kind(one, hypervisor, settings.frozen_limit_s, mark)
+    method = kind(one, hypervisor, mark)
     try:
         method.fit()
     except SnapdError as error:  # it is looked at again before each run

@@ -72,11 +72,10 @@ class Program:
         operation: str,
         snapshots: Sequence[Mapping[str, Json]],
         *,
-        limit: float | None = None,
         said: list[str] | None = None,
         revert_id: str = "",
     ) -> Mapping[str, Any]:
-        """Run it for one operation, for at most `limit` seconds; its answer, of the right form.
+        """Run it for one operation; its answer, of the right form.
 
         Its stderr goes to the log; with `said`, its lines are left there, to be told later. A
         revert, and no other, has a `revert_id`. Raises Refused where it answers with an error,
@@ -93,7 +92,7 @@ class Program:
         try:
             result = command.run(
                 [self.fit()],
-                timeout=limit if limit is not None else self._timeout,
+                timeout=self._timeout,
                 check=False,
                 send=json.dumps(request).encode() + b"\n",
                 most=LONGEST_ANSWER,

@@ -265,7 +265,10 @@ def _error(number: int) -> SnapdError:
                 "the domain writes again, or see 'rbd lock ls' if that client has crashed."
             )
         case errno.EROFS:
-            return Busy("The image is locked by a client that does not let go of it.")
+            return Busy(
+                "The client that has the image locked does not let go of it, or the cluster can't "
+                "be asked; see 'rbd lock ls' and 'ceph -s'."
+            )
         case errno.EPERM | errno.EACCES:
             return StorageFailed(
                 "Ceph refuses the user or key of the disk, or what was to be done with its image; "

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +23,7 @@ from lxml import etree
 
 from snapd_vm import qcow2, safexml
 from snapd_vm.errors import (
+    Busy,
     MethodNotSupported,
     NameInUse,
     NoSpace,
@@ -43,8 +43,6 @@ _HEADER = 1 << 16
 _RESERVE = 64 << 20
 """Bytes that must be free: what a guest overwrites after a snapshot takes whole objects, 4 MiB by
 default, of new room."""
-_MARGIN = 0.9
-"""Of the time that a guest may be frozen; the rest is for thawing it."""
 
 
 class Hypervisor(rollback.Hypervisor, rbduse.Hypervisor, Protocol):
@@ -68,12 +66,9 @@ class Rbd:
     name = "rbd"
     redirects = False
 
-    def __init__(
-        self, hypervisor: Hypervisor, frozen_limit_s: float, low_space_percent: int
-    ) -> None:
+    def __init__(self, hypervisor: Hypervisor, low_space_percent: int) -> None:
         self._hypervisor = hypervisor
         self._clusters = Clusters(hypervisor)
-        self._limit = frozen_limit_s * _MARGIN
         self._low_space_percent = low_space_percent
         self._armed: dict[tuple[str, str], _Armed] = {}
 
@@ -172,15 +167,15 @@ class Rbd:
 
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One request each, and nothing else."""
-        end = time.monotonic() + self._limit
         for target in targets:
             armed = self._armed[tag.uuid, target.disk]
             armed.asked = True
-            limit = max(0.0, end - time.monotonic())
             try:
-                armed.session.ask("create", limit=limit, name=RbdTarget.of(target).name)
+                armed.session.ask("create", name=RbdTarget.of(target).name)
             except Lost:
                 raise
+            except Busy as error:  # whoever has the image locked was asked, and may do it late
+                raise Lost(str(error)) from error
             except SnapdError:
                 armed.asked = False  # what has its name now is not ours
                 raise

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from snapd_vm import command, storage
@@ -43,12 +42,8 @@ class Zfs:
     name = "zfs"
     redirects = False
 
-    def __init__(
-        self, hypervisor: zfsrevert.Hypervisor, frozen_limit_s: float, low_space_percent: int
-    ) -> None:
+    def __init__(self, hypervisor: zfsrevert.Hypervisor, low_space_percent: int) -> None:
         self._hypervisor = hypervisor
-        # Thawed in time, whatever it does: half a second is left where a second can't be.
-        self._limit = max(frozen_limit_s - 1, frozen_limit_s / 2)
         self._low_space_percent = low_space_percent
         self._listed = Recent(lambda dataset: zfsdataset.listed([dataset]))
         self._rooms = Recent(lambda dataset: zfsdataset.rooms([dataset])[dataset])
@@ -100,15 +95,13 @@ class Zfs:
 
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One command for each pool, and nothing else."""
-        deadline = time.monotonic() + self._limit
         disks = {target.disk: ZfsTarget.of(target) for target in targets}
         uuids = {disk: one.snapshot for disk, one in disks.items()}
         pools: dict[str, list[str]] = {}
         for full in dict.fromkeys(one.full for one in disks.values()):
             pools.setdefault(zfsdataset.pool_of(full), []).append(full)
         for names in pools.values():
-            limit = max(0.0, deadline - time.monotonic())
-            zfsdataset.take(names, tag, uuids, limit, _mark(tag))
+            zfsdataset.take(names, tag, uuids, _mark(tag))
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
         """Whether the snapshot is there and holds the very disk; it is held here, and shown."""

@@ -123,14 +123,14 @@ def write_out(pools: Sequence[str]) -> None:
     _run(["zpool", "sync", *pools], pools)
 
 
-def take(names: Sequence[str], tag: Tag, disks: Mapping[str, str], limit: float, mark: str) -> None:
+def take(names: Sequence[str], tag: Tag, disks: Mapping[str, str], mark: str) -> None:
     """Snapshots of these names, all in one pool, at one instant, with our properties.
 
     `disks` are the UUIDs of what they are taken for, by disk. It is durable when this returns.
     Raises NameInUse, NoSpace, TimedOut and StorageFailed.
     """
     options = [word for one in zfstags.said(tag, disks) for word in ("-o", one)]
-    _run(["zfs", "snapshot", *options, *names], names, limit=limit, mark=mark)
+    _run(["zfs", "snapshot", *options, *names], names, mark=mark)
 
 
 def look(name: str) -> zfstags.Found | None:
@@ -242,9 +242,7 @@ def is_clone(name: str, of: str) -> bool:
     return rows == [[of, "-"], [of, "local"]]
 
 
-def _run(
-    argv: Sequence[str], names: Iterable[str], *, limit: float = _LIMIT_S, mark: str = ""
-) -> str:
+def _run(argv: Sequence[str], names: Iterable[str], *, mark: str = "") -> str:
     """What the program writes. Raises SnapdErrors."""
     if not command.installed(argv[0]):
         raise MethodNotSupported(
@@ -253,7 +251,7 @@ def _run(
         )
     refuse_suspended(names)
     try:
-        return command.run(argv, timeout=limit, mark=mark).stdout
+        return command.run(argv, timeout=_LIMIT_S, mark=mark).stdout
     except command.CommandTimedOut as error:
         raise TimedOut(f"ZFS does not answer: {error}; see 'zpool status'.") from error
     except command.CommandError as error:
