@@ -85,6 +85,18 @@ def lies_on_others(fd: int, image_format: str) -> bool:
     return bool(header.backing_file) or header.external_data
 
 
+def path_lies_on_others(path: str, image_format: str) -> bool:
+    """The same of an image of the host, by its path. Raises StorageFailed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise StorageFailed(f"The image {path} can't be opened.") from error
+    try:
+        return lies_on_others(fd, image_format)
+    finally:
+        os.close(fd)
+
+
 def _chain(root: int, inside: str, image_format: str) -> Iterator[FileId]:
     """The files of the chain, the image itself first."""
     for _ in range(_LONGEST):

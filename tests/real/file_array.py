@@ -68,7 +68,7 @@ def create(*snapshots: dict[str, Any]) -> dict[str, Any]:
         mark = f"{snapshot['label']}\n{snapshot['domain']['name']}"
         os.setxattr(draft, MARK, mark.encode())
         draft.chmod(0o444)
-        fault("halfway")
+        fault("halfway", draft)
         try:
             os.link(draft, copy)
         except FileExistsError:
@@ -115,11 +115,14 @@ def refuse(name: str, message: str) -> None:
     sys.exit(1)
 
 
-def fault(operation: str) -> None:
+def fault(operation: str, draft: Path | None = None) -> None:
     """What goes wrong with it, if anything does."""
     match SETTINGS.get("faults", {}).get(operation, "").partition(":"):
         case ("wait", _, seconds):
             time.sleep(float(seconds))
+        case ("lie-on", _, path):
+            words = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", path, "-F", "raw"]
+            subprocess.run([*words, str(draft), "16M"], check=True)
         case ("hang", _, _):
             time.sleep(600)
         case ("hang-child", _, _):

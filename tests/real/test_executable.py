@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lxml import etree
 
 from snapd_vm.engine.journal import RevertStep
 from snapd_vm.methods.outside import jsonform
@@ -39,10 +40,11 @@ from tests.real.api import (
 from tests.real.api import NAME as BUS_NAME
 from tests.real.arrays import METHOD, NAME, Array
 from tests.real.conftest import Connect
-from tests.real.places import ready, refused, unchanged
+from tests.real.places import Places, ready, refused, unchanged
 from tests.real.test_crash import FAULTY, faulty
+from tests.real.test_revert import places
 
-__all__ = ["faulty"]
+__all__ = ["faulty", "places"]
 
 SCHEMA = CHECKOUT / "data/executable-method.schema.json"
 LIMIT_S = 10
@@ -163,7 +165,7 @@ HOSTILE_CLAIMS = {
     'say:{"mine": true, "source": {"file": "COPIES/../../a"}}': ("StorageFailed", "normal"),
     'say:{"mine": true, "source": {"file": "COPIES-not/a"}}': ("StorageFailed", "source_dirs"),
     'say:{"mine": true, "source": {"file": "DISK"}}': ("StorageFailed", "own image"),
-    'say:{"mine": true, "source": {"snapshot": "a"}}': ("StorageFailed", "no network source"),
+    'say:{"mine": true, "source": {"snapshot": "a"}}': ("StorageFailed", "no RBD image"),
     'say:{"mine": true, "source": {"snapshot": "a\'/>"}}': ("StorageFailed", "form"),
 }
 
@@ -216,6 +218,90 @@ async def test_a_create_that_fails_in_any_way_leaves_nothing_and_nobody_frozen(
         assert not await api.snapshots_of(own)
     array.faults()
     await delete(api, await api.create(own, method_xml=METHOD, flags=QUIESCE_REQUIRED))
+
+
+async def test_an_image_that_would_lead_its_reader_elsewhere(
+    api: Api, array: Array, places: Places
+) -> None:
+    """Whoever reads the snapshot may read more than the program that made it."""
+    guest = places.guest()
+    await places.known(api)
+    created = await api.create(guest, method_xml=METHOD)
+    assert created.ours("format") == "qcow2"
+    array.faults(halfway="lie-on:/etc/shadow")
+    error = await refused(api.create(guest, method_xml=METHOD), "StorageFailed")
+    assert "shadow" not in error.text
+    assert array.copies == {Path(created.file).name}
+    array.faults()
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "/etc/shadow", "-F", "raw", created.file)
+    await refused(api.backup_source(created.snapshot), "InvalidState")
+    assert await state_of(api, created.snapshot) == "failed"
+    await delete(api, created)
+    assert array.copies == set()
+
+
+async def test_another_domains_image_is_no_snapshot(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest, places: Places
+) -> None:
+    other = places.guest(places.disk(format="raw"))
+    array = installed(lab)
+    array.more["source_dirs"] = [str(other.disk().path.parent)]
+    faulty.daemon.start(array.config)
+    api = await connect()
+    await places.known(api)
+    array.faults(
+        claim=f'say:{{"mine": true, "source": {{"file": "{other.disk().path}"}}, "data": '
+        f'{{"image": "{own.disk().path}"}}}}'
+    )
+    error = await refused(api.create(own, method_xml=METHOD), "StorageFailed")
+    assert other.name in error.text
+    assert array.copies == set()
+    assert other.disk().path.exists()
+
+
+async def test_a_device_that_udev_has_linked(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest
+) -> None:
+    """As those of device mapper are; a link that others than root could change is not followed."""
+    array, folder, loop = installed(lab), lab.folder("links"), lab.block.loop(64)
+    array.more["source_dirs"] = [str(folder)]
+    faulty.daemon.start(array.config)
+    api = await connect()
+    (folder / "disk").symlink_to(loop.device)
+    try:
+        array.faults(
+            claim=f'say:{{"mine": true, "source": {{"device": "{folder}/disk"}}}}',
+            check="say:{}",
+            create="say:{}",
+            state='say:{"state": "ready"}',
+        )
+        created = await api.create(own, method_xml=METHOD)
+        source = etree.fromstring(created.backup_source)
+        assert (source.get("dev"), created.ours("type")) == (f"{folder}/disk", "block")
+        folder.chmod(0o777)
+        await refused(api.backup_source(created.snapshot), "StorageFailed")
+        folder.chmod(0o755)
+        assert await api.backup_source(created.snapshot) == created.backup_source
+        array.faults(delete='say:{"deleted": true}', state='say:{"state": "missing"}')
+        await delete(api, created)
+    finally:
+        (folder / "disk").unlink()
+        loop.detach()
+
+
+async def test_what_it_says_is_told_of_two_at_once(
+    api: Api, array: Array, own: Guest, places: Places, faulty: Lab
+) -> None:
+    """Each in its own time: after the guest goes on."""
+    other = places.guest(places.disk(format="raw"))
+    await places.known(api)
+    array.faults(halfway="wait:3", **{"after-create": "shout"})
+    first = asyncio.create_task(api.create(own, method_xml=METHOD))
+    await asyncio.to_thread(wait_until, "the first is at work", lambda: array.copies, 20)
+    second = await api.create(other, method_xml=METHOD)
+    for created in (await first, second):
+        await delete(api, created)
+    assert faulty.daemon.log_of_this_life.count("lines more)") == 2
 
 
 @pytest.mark.measures

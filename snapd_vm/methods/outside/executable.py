@@ -2,7 +2,7 @@
 
 The program says whether a disk is one for it, and makes, removes and tells of the snapshots. What
 a backup reads is built here, of what it answers only after it was looked at: a file or device in a
-folder that the configuration names, or a snapshot of the disk's own network source. It is never the
+folder that the configuration names, or a snapshot of the disk's own RBD image. It is never the
 default for a disk, as to ask it costs a program. Only its `create` runs while the guest stands
 still; where it takes too long for that the guest goes on, and the program does too.
 """
@@ -10,6 +10,7 @@ still; where it takes too long for that the guest goes on, and the program does 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -26,12 +27,16 @@ from snapd_vm.methods.outside.executabletarget import (
     not_there,
     unfit_disk,
     unfit_source,
+    unsound,
 )
 from snapd_vm.methods.outside.program import Program, Refused, sentence
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 from snapd_vm.outsideconfig import ExecutableConfig
 
+log = logging.getLogger(__name__)
+
 _PREFIX = "snapd-vm-"
+_CHANGED = "What is to be read of the snapshot is no image of its own any more; delete it."
 
 
 class Hypervisor(Protocol):
@@ -53,7 +58,7 @@ class Executable:
         self._program = Program(settings, mark)
         self._source_dirs = settings.source_dirs
         self.hypervisor = hypervisor
-        self._unsaid: list[str] = []
+        self._unsaid: dict[str, list[str]] = {}
         self._first = threading.Lock()
         self._is_alone = False
 
@@ -109,7 +114,7 @@ class Executable:
         return Target(self.name, disk.target, data)
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
-        """A file, a device, or the disk's own network source with a `<snapshot>` in it."""
+        """A file, a device, or the disk's own RBD image with a `<snapshot>` in it."""
         asked = Asked.of(target)
         if asked.form == "snapshot":
             element = etree.fromstring(disk.source_xml)
@@ -148,27 +153,35 @@ class Executable:
     def create(self, targets: Sequence[Target], tag: Tag) -> None:
         """One run for all; what it writes to stderr is told when the guest goes on."""
         snapshots = [Asked.of(target).snapshot for target in targets]
-        self.ask("create", snapshots, said=self._unsaid)
+        self.ask("create", snapshots, said=self._unsaid.setdefault(tag.uuid, []))
 
     def taken(self, target: Target, tag: Tag, domain: Domain | None = None) -> bool:
-        """Whether the program says that it is ready, and its file or device is there."""
-        self._tell()
-        return self.standing(target, {}).state == "ready"
+        """Whether the program says that it is ready, and its file or device is there, and no
+        domain's.
+        """
+        self._tell(tag)
+        standing = self.standing(target, {})
+        if standing.state != "ready":
+            log.error("snapshot %s is not to be read: %s", tag.uuid, standing.why or standing.state)
+            return False
+        user = self._user(target)
+        if user:
+            raise StorageFailed(f"What method {self.name} says is to be read is used by {user}.")
+        return True
 
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
         """Asks to delete it, whatever is known of it."""
-        self._tell()
+        self._tell(tag)
         return self._remove(target)
 
     def check_delete(self, target: Target, tag: Tag) -> None:
         """Refused while anybody reads its file or device, or a definition names that."""
-        asked = Asked.of(target)
-        if asked.form == "snapshot":
-            return
-        user = self.hypervisor.user_of(asked.source, "", "")
+        user = self._user(target)
         if user:
             raise Busy(f"The snapshot is used by {user}.")
-        refuse_reader(asked.source, "")
+        asked = Asked.of(target)
+        if asked.form != "snapshot":
+            refuse_reader(asked.source, "")
 
     def delete(self, target: Target, tag: Tag, watch: Watch) -> None:
         """Remove it, and make sure that it is gone."""
@@ -193,6 +206,9 @@ class Executable:
         problem = not_there(asked, self._source_dirs)
         if problem:
             return Standing("missing", problem)
+        problem = unsound(asked)
+        if problem:
+            return Standing("failed", problem, "changed", _CHANGED, removable=True)
         identity = storage.file_id(asked.source)
         for domain in domains.values():
             for disk in (*domain.disks, *domain.persistent_disks):
@@ -242,6 +258,12 @@ class Executable:
             raise StorageFailed(f"Method {self.name} says that it was deleted, and it is there.")
         return deleted
 
-    def _tell(self) -> None:
-        lines, self._unsaid = self._unsaid, []
-        self._program.tell(lines)
+    def _user(self, target: Target) -> str:
+        """Which domain has its file or device, in words."""
+        asked = Asked.of(target)
+        if asked.form == "snapshot":
+            return ""
+        return self.hypervisor.user_of(asked.source, "", "")
+
+    def _tell(self, tag: Tag) -> None:
+        self._program.tell(self._unsaid.pop(tag.uuid, []))

@@ -11,6 +11,8 @@ from typing import Any
 from lxml import etree
 
 from snapd_vm import storage
+from snapd_vm.errors import SnapdError, StorageFailed
+from snapd_vm.methods import chain
 from snapd_vm.model import Disk, Json, Target
 
 
@@ -56,7 +58,10 @@ def _within(path: str, folders: Sequence[str]) -> bool:
 
 
 def not_there(asked: Asked, folders: Sequence[str]) -> str:
-    """Why what is at the path is not what can be read, in words, or ''."""
+    """Why what is at the path is not what can be read, in words, or ''.
+
+    A device may be a link in a folder that only root can change, as udev makes them.
+    """
     wanted: Callable[[int], bool] = stat.S_ISREG if asked.form == "file" else stat.S_ISBLK
     try:
         found = os.stat(asked.source)
@@ -64,7 +69,10 @@ def not_there(asked: Asked, folders: Sequence[str]) -> str:
         return f"{asked.source}: {error.strerror}"
     if not wanted(found.st_mode):
         return f"{asked.source} is not a {asked.form}"
-    real = os.path.realpath(asked.source)
+    folder, name = os.path.split(asked.source)
+    real = os.path.join(os.path.realpath(folder), name)
+    if asked.form == "file" or not _is_roots(folder):
+        real = os.path.realpath(asked.source)
     if not _within(real, [os.path.realpath(folder) for folder in folders]):
         return f"{asked.source} leads out of its folder"
     own = asked.snapshot["disk"]["path"]
@@ -73,14 +81,36 @@ def not_there(asked: Asked, folders: Sequence[str]) -> str:
     return ""
 
 
+def unsound(asked: Asked) -> str:
+    """Why what is there is not to be read as an image of the disk's format, in words, or ''.
+
+    Whoever reads it would be led by its header to other files, which the program may not read.
+    """
+    try:
+        if chain.path_lies_on_others(asked.source, asked.snapshot["disk"]["format"]):
+            return f"{asked.source} lies on other files"
+    except StorageFailed as error:
+        return str(error)
+    return ""
+
+
+def _is_roots(folder: str) -> bool:
+    try:
+        with storage.open_folder(folder, {0}, ()):
+            return True
+    except SnapdError:
+        return False
+
+
 def unfit_disk(disk: Disk, method: str) -> str:
     """Why the disk can't be taken, whatever the program says, or ''."""
     if disk.encrypted:
         return f"Disk {disk.target} is encrypted, and its snapshot would not say with which key."
     if "<slice" in disk.source_xml:
         return f"Disk {disk.target} is a slice of its image, and a snapshot would be of the whole."
-    below = disk.chain or (disk.format != "raw" and any(storage.backing_chain(disk.path)))
-    if below:
+    if disk.format not in chain.FORMATS:
+        return f"Disk {disk.target} has the format '{disk.format}'; {method} takes raw and qcow2."
+    if disk.chain or (disk.path and chain.path_lies_on_others(disk.path, disk.format)):
         return (
             f"Disk {disk.target} has images below its own, of which method {method} may not know; "
             "use method qemu."
@@ -91,9 +121,11 @@ def unfit_disk(disk: Disk, method: str) -> str:
 def unfit_source(form: str, source: str, disk: Disk, folders: Sequence[str]) -> str:
     """Why a source can't be what the program says, whatever is there, or ''."""
     if form == "snapshot":
-        if disk.type != "network":
-            return f"disk {disk.target} has no network source that it could be a snapshot of."
-        if etree.fromstring(disk.source_xml).find("snapshot") is not None:
+        source_xml = etree.fromstring(disk.source_xml)
+        # The only one of which libvirt and QEMU know snapshots: of others the disk itself is read.
+        if disk.type != "network" or source_xml.get("protocol") != "rbd":
+            return f"disk {disk.target} is no RBD image that it could be a snapshot of."
+        if source_xml.find("snapshot") is not None:
             return f"disk {disk.target} is a snapshot itself."
         return ""
     parts = source.split("/")
