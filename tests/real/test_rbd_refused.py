@@ -5,9 +5,11 @@ The domains are off: all of it is decided before a guest would be frozen.
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
-from tests.real.api import SNAPSHOT, VDA, Api
-from tests.real.places import Places, refused
+from tests.real.api import SNAPSHOT, VDA, Api, ApiError
+from tests.real.conftest import Connect
+from tests.real.places import Places, refused, unchanged
 from tests.real.test_rbd import ceph, delete, name_of, snaps
 from tests.real.test_revert import places
 
@@ -119,9 +122,13 @@ async def test_formats_and_more_that_a_snapshot_would_not_hold(
     words = ("-b", "/nowhere.raw", "-F", "raw", "-u", base, "16M")
     run("qemu-img", "create", "-q", "-f", "qcow2", *words)
     ceph.image("overlay", base)
+    outside, elsewhere = tmp_path / "outside.qcow2", f"data_file={tmp_path / 'data'}"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", elsewhere, outside, "16M")
+    ceph.image("outside", outside)
     slices = "<slices><slice type='storage' offset='0' size='4096'/></slices>"
     for disk, word in (
-        (on(ceph, "vm/overlay", format="qcow2"), "backing file"),
+        (on(ceph, "vm/overlay", format="qcow2"), "lies on others"),
+        (on(ceph, "vm/outside", format="qcow2"), "lies on others"),
         (on(ceph, format="qcow2"), "can't be read as qcow2"),
         (on(ceph, format="vmdk"), "format 'vmdk'"),
         (on(ceph, inside=slices), "slice"),
@@ -129,6 +136,59 @@ async def test_formats_and_more_that_a_snapshot_would_not_hold(
         guest = places.guest(disk)
         await places.known(api)
         assert word in await both(api, guest, "MethodNotSupported", "StorageFailed")
+        if word == "lies on others":
+            image = etree.fromstring(disk.source).get("name", "").partition("/")[2]
+            named = f"<diskSnapshot method='rbd'><image pool='vm' name='{image}'/></diskSnapshot>"
+            await unchanged(api, guest, "NotUnderDisk", method_xml=named)
+
+
+async def test_a_cluster_that_can_not_be_found_has_lost_nothing(
+    daemon: Lab, connect: Connect, ceph: Ceph, places: Places, tmp_path: Path
+) -> None:
+    """What is not told from an image that is not there would drop the record of one that is."""
+    conf, away = tmp_path / "ceph.conf", tmp_path / "away"
+    shutil.copy(ceph.conf, conf)
+    source = f"<source protocol='rbd' name='vm/refused'><config file='{conf}'/></source>"
+    guest = places.guest(DiskSpec("raw", source=source, type="network"))
+    api = await connect()
+    await places.known(api)
+    made = await api.create(guest)
+    daemon.daemon.stop()
+    conf.rename(away)
+    daemon.daemon.start({})
+    api = await connect()
+    for member, arguments in (("GetBackupSource", ()), ("Delete", ("u", 0))):
+        call = api.call(made.snapshot, SNAPSHOT, member, *arguments)
+        assert "can't be found" in (await refused(call, "StorageFailed")).text
+    assert (await api.properties(made.snapshot, SNAPSHOT))["State"] == "ready"
+    assert snaps(ceph, "refused") == {name_of(made): True}
+    away.rename(conf)
+    ready = asyncio.get_running_loop().time() + 60
+    while True:
+        try:
+            await delete(api, made)
+            break
+        except ApiError as error:
+            assert error.name in ("Busy", "StorageFailed"), error
+            assert asyncio.get_running_loop().time() < ready
+            await asyncio.sleep(0.5)
+    assert not snaps(ceph, "refused")
+
+
+async def test_metadata_that_are_not_ours_to_read(api: Api, ceph: Ceph, places: Places) -> None:
+    """Whoever may write to the image can write that as well."""
+    guest = places.guest(on(ceph))
+    await places.known(api)
+    made = await api.create(guest)
+    for text in ("[]", "7", "{", '{"snap": []}'):
+        ceph.rbd("image-meta", "set", "vm/refused", name_of(made), text)
+        with suppress(ApiError):
+            await api.backup_source(made.snapshot)
+        assert (await api.properties(made.snapshot, SNAPSHOT))["State"] in ("ready", "missing")
+    ceph.rbd("image-meta", "remove", "vm/refused", name_of(made))
+    assert await api.backup_source(made.snapshot) == made.backup_source
+    await delete(api, made)
+    assert not snaps(ceph, "refused")
 
 
 async def test_without_layering_it_can_not_be_protected(

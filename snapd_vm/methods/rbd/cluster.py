@@ -39,6 +39,8 @@ _IDLE_S = 20.0
 """Less than rbdworker.IDLE_S, at which it ends by itself."""
 _MOST_IDLE = 2
 _AWAY_S = 20.0
+_MISSING_S = 5.0
+"""For so long libraries that were not there are not looked for: it takes a program."""
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from snapd_vm.methods.rbd import "
 _TALK = "rbdworker; rbdworker.main()"
 _LOOK = "librbd; librbd.load()"
@@ -46,6 +48,10 @@ NO_LIBRARY = -1
 
 GONE = "The Ceph cluster of the disk did not answer in time; look at its state with 'ceph -s'."
 # librados goes on trying, whichever it is.
+_NO_WAY = (
+    "The Ceph cluster of the disk can't be found: its configuration file, its monitors or the "
+    "user's key are not on this host; see 'ceph.conf' and the disk's XML."
+)
 SHUT = (
     f"The Ceph cluster of the disk has let nobody in for {_CONNECT_S} s: it does not answer, or "
     "does not know the disk's user with the key in the libvirt secret; look at 'ceph -s' and "
@@ -98,7 +104,10 @@ class Session:
 
     def connect(self, first: Mapping[str, Any]) -> None:
         """Say what has to be said first."""
-        self._ask(first, _CONNECT_S + _MARGIN_S, None)
+        try:
+            self._ask(first, _CONNECT_S + _MARGIN_S, None)
+        except NotThere:  # which of an image would mean that it is gone
+            raise StorageFailed(_NO_WAY) from None
 
     def _ask(
         self, request: Mapping[str, Any], limit: float, watch: Watch | None
@@ -148,6 +157,8 @@ class Clusters:
         self._lock = threading.Lock()
         self._idle: dict[Access, list[Session]] = {}
         self._away: dict[Access, float] = {}
+        self._looking = threading.Lock()
+        self._look_again = 0.0
         self._there = False
 
     def missing(self) -> str:
@@ -155,14 +166,15 @@ class Clusters:
 
         They are not loaded here, as they would stay; once there, they are not looked for again.
         """
-        if not self._there:
-            try:
-                command.run(_program(_LOOK), timeout=_CALL_S)
-            except command.CommandError as error:
-                log.debug("librados and librbd can't be loaded: %s", error)
-                return MISSING
-            self._there = True
-        return ""
+        with self._looking:
+            if not self._there and time.monotonic() >= self._look_again:
+                try:
+                    command.run(_program(_LOOK), timeout=_CALL_S)
+                    self._there = True
+                except command.CommandError as error:
+                    log.debug("librados and librbd can't be loaded: %s", error)
+                    self._look_again = time.monotonic() + _MISSING_S
+            return "" if self._there else MISSING
 
     @contextmanager
     def session(self, access: Access, *, patient: bool = True) -> Iterator[Session]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods.method import Record, Standing, Stored, Watch
-from snapd_vm.methods.rbd import rbdstray, rbduse, rollback
+from snapd_vm.methods.rbd import rbdsaid, rbdstray, rbduse, rollback
 from snapd_vm.methods.rbd.cluster import Clusters, Lost, NotThere, Session
 from snapd_vm.methods.rbd.rbdtarget import RbdTarget, data_of, place_of
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
@@ -83,7 +82,9 @@ class Rbd:
     def claim(
         self, domain: Domain, disk: Disk, request: MethodRequest | None, tag: Tag
     ) -> Target | None:
-        """See Method. Nothing is asked of the cluster: libvirt says what the disk is."""
+        """See Method. Where no image is named nothing is asked of the cluster: libvirt says what
+        the disk is.
+        """
         place = place_of(disk.source_xml) if disk.type == "network" else None
         if place is None:
             if request is None:
@@ -97,7 +98,12 @@ class Rbd:
         if problem:
             raise MethodNotSupported(problem)
         data = data_of(tag.uuid, domain.uuid, disk.format, disk.source_xml)
-        return Target(method=self.name, disk=disk.target, data=data)
+        target = Target(method=self.name, disk=disk.target, data=data)
+        if named is not None:
+            found = RbdTarget.of(target)
+            with self._clusters.session(found.place.access) as session:
+                self._check_alone(session, found, disk.target, NotUnderDisk)
+        return target
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
         """The same image at the snapshot."""
@@ -124,11 +130,7 @@ class Rbd:
                 info = session.ask("info", image=found.place.words)
                 if found.name in info["snaps"]:
                     raise NameInUse(f"There is a snapshot {found} already; remove it.")
-                if found.format == "qcow2" and _header(session, found).backing_file:
-                    raise MethodNotSupported(
-                        f"The image of disk {target.disk} has a backing file, which a snapshot of "
-                        "the RBD image does not hold."
-                    )
+                self._check_alone(session, found, target.disk, MethodNotSupported)
                 space = session.ask("space", pool=found.place.pool)
                 available = int(space["available"])
                 if space["full"] or 0 < available < _RESERVE:
@@ -305,16 +307,26 @@ class Rbd:
             "left, and the guest stops when there are none; make room, or delete snapshots."
         }
 
+    def _check_alone(
+        self, session: Session, found: RbdTarget, disk: str, error: type[SnapdError]
+    ) -> None:
+        """Refuse an image that a snapshot of the RBD image does not hold the whole of."""
+        if found.format != "qcow2":
+            return
+        header = _header(session, found)
+        if header.backing_file or header.external_data:
+            raise error(
+                f"The image of disk {disk} lies on others, which a snapshot of the RBD image does "
+                "not hold."
+            )
+
     def _snap(self, session: Session, found: RbdTarget) -> int | None:
         """The cluster's number of the snapshot that we made, or None."""
         info = session.ask("info", image=found.place.words, key=found.key)
         number = info["snaps"].get(found.name)
         if number is None or (found.image_id and info["id"] != found.image_id):
             return None
-        try:
-            said = json.loads(info["said"] or "{}")
-        except ValueError:
-            said = {}
+        said = rbdsaid.read(info["said"])
         return int(number) if said.get("snap", number) == number else None
 
     def _remove(self, session: Session, found: RbdTarget, *, fence: bool) -> bool:

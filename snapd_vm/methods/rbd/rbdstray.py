@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shlex
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.method import Stored
+from snapd_vm.methods.rbd import rbdsaid
 from snapd_vm.methods.rbd.cluster import Clusters, Session
 from snapd_vm.methods.rbd.rbdtarget import Place, place_of
 from snapd_vm.model import Domain
@@ -44,10 +44,7 @@ def _of_image(session: Session, place: Place) -> Iterator[Stored]:
         ours = _OURS.fullmatch(name)
         if ours is None:
             continue
-        try:
-            said = json.loads(session.ask("info", image=place.words, key=name)["said"] or "{}")
-        except ValueError:
-            continue
+        said = rbdsaid.read(session.ask("info", image=place.words, key=name)["said"])
         if said.get("snap") != number:  # anybody can give a snapshot such a name
             continue
         children = session.ask("users", image=place.words, name=name)["children"]

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+from snapd_vm.methods.rbd import rbdsaid
 from snapd_vm.methods.rbd.librbd import (
     FEATURE_EXCLUSIVE_LOCK,
     FEATURE_LAYERING,
@@ -157,7 +158,7 @@ class Session:
             before = opened.metadata(key)
             if not before:
                 opened.put_metadata(key, json.dumps({**said, "snap": number}))
-            elif json.loads(before)["snap"] != number:
+            elif rbdsaid.read(before).get("snap") != number:
                 return {"own": False, "protected": False}
             protected = bool(opened.features & FEATURE_LAYERING)
             if protected:
