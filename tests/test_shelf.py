@@ -9,6 +9,7 @@ import pytest
 
 from snapd_vm.engine.shelf import Shelf
 from snapd_vm.methods.method import Standing
+from snapd_vm.model import SnapshotState, Target
 from tests.bus.fakes import make_domain, make_snapshot
 
 SNAPSHOTS = 5
@@ -138,3 +139,48 @@ async def test_why_is_told_once_and_again_when_it_is_something_else(
     assert await told("failed", "written to", "base-in-use") == ["failed: written to"]
     assert heard.warnings == [("base-in-use", "Mind it.")]
     assert await told("ready", "") == ["ready"]
+
+
+class Failing(Explainer):
+    """Stands for a World in which one snapshot can't be looked at by a mistake."""
+
+    def standing(self, target: Any, *_: Any) -> Standing:
+        if target.disk == "bad":
+            raise KeyError("a mistake")
+        self.looks += 1
+        return self.found
+
+
+async def test_what_is_wrong_with_one_keeps_nobody_from_looking_at_the_others() -> None:
+    world: Any = Failing()
+    domain = make_domain(1)
+    shelf = Shelf(world, lambda: {domain.uuid: domain}, lambda: True)
+    for number, disk in enumerate(("bad", "vda")):
+        snapshot = make_snapshot(number, target=Target("qemu", disk, {}))
+        shelf.snapshots[snapshot.uuid] = snapshot
+    await shelf.look_at_domain(domain.uuid)
+    assert world.looks == 1
+
+
+class Overflowing(Explainer):
+    """Stands for World and for a method that warns of what its State says, too."""
+
+    def warnings(self, *_: Any) -> dict[str, str]:
+        return {self.found.code: self.found.message} if self.found.code else {}
+
+
+async def test_what_a_warning_tells_is_looked_at_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world: Any = Overflowing()
+    heard: Any = Changed()
+    domain, snapshot = make_domain(1), make_snapshot()
+    shelf = Shelf(world, lambda: {domain.uuid: domain}, lambda: True)
+    shelf.listeners.append(heard)
+    shelf.snapshots[snapshot.uuid] = snapshot
+    world.found = Standing("failed", "it has overflowed", "overflowed", "It is lost.")
+    for _ in range(3):
+        await shelf._look_ahead(shelf.snapshots[snapshot.uuid])
+    assert heard.warnings == [("overflowed", "It is lost.")]
+    assert shelf.snapshots[snapshot.uuid].state is SnapshotState.FAILED
+    assert "no more overflowed" not in caplog.text

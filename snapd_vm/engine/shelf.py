@@ -31,6 +31,7 @@ SPOILT = (
 )
 """Of a snapshot that is `spoilt`: what everybody may be told, and callers are."""
 
+_UNSEEN = Standing("")
 _AT_WORK = (SnapshotState.DELETING, SnapshotState.REVERTING)
 
 
@@ -51,7 +52,7 @@ class Shelf:
         self._looking: set[str] = set()
         self._look_again: set[str] = set()
         self._warned: dict[str, frozenset[str]] = {}
-        self._why: dict[str, str] = {}
+        self._stood: dict[str, Standing] = {}
         self._seen: dict[str, asyncio.Lock] = {}
 
     async def load(self) -> None:
@@ -101,7 +102,7 @@ class Shelf:
         """One that the journal has no more."""
         snapshot = self.snapshots.pop(uuid)
         self._warned.pop(uuid, None)
-        self._why.pop(uuid, None)
+        self._stood.pop(uuid, None)
         self._seen.pop(uuid, None)
         for listener in self.listeners:
             listener.snapshot_removed(snapshot)
@@ -138,8 +139,8 @@ class Shelf:
         domain = domains.get(current.domain_uuid)
         name = domain.name if domain is not None else current.domain_name
         new = dataclasses.replace(current, state=state, domain_name=name)
-        told = self._why.get(snapshot.uuid, "")
-        self._why[snapshot.uuid] = standing.why
+        told = self._stood.get(snapshot.uuid, _UNSEEN).why
+        self._stood[snapshot.uuid] = standing
         if new.state is not current.state or standing.why not in ("", told):
             log.warning(
                 "snapshot %s of disk %s of domain %s is %s%s",
@@ -204,19 +205,27 @@ class Shelf:
 
     async def keep_looking_ahead(self) -> None:
         """Warn in time, for ever: room that a guest writes to is gone within seconds."""
+        await asyncio.gather(*map(self._keep_looking_ahead, self._world.methods))
+
+    async def _keep_looking_ahead(self, method: str) -> None:
+        """Those of one method, as a storage that does not answer must not hold up the others."""
         while True:
             await asyncio.sleep(_LOOK_AHEAD_S)
-            for snapshot in list(self.snapshots.values()):
+            for snapshot in [s for s in self.snapshots.values() if s.target.method == method]:
                 try:
                     await self._look_ahead(snapshot)
                 except SnapdError as error:
                     log.debug("snapshot %s was not looked at: %s", snapshot.uuid, error)
+                except Exception:  # nor must a mistake in what looks at one
+                    log.exception("snapshot %s was not looked at", snapshot.uuid)
 
     async def _look_or_log(self, snapshot: Snapshot) -> None:
         try:
             await self._look_ahead(await self.look(snapshot))
         except SnapdError as error:
             log.warning("snapshot %s was not looked at: %s", snapshot.uuid, error)
+        except Exception:  # what is wrong with one keeps nobody from looking at the others
+            log.exception("snapshot %s was not looked at", snapshot.uuid)
 
     async def _look_ahead(self, snapshot: Snapshot) -> None:
         """Warn of what will go wrong: once, and again only if it was in order in between."""
@@ -226,6 +235,8 @@ class Shelf:
         domains = dict(self._domains())
         found = await self._world.run(method.warnings, snapshot.target, domains)
         before = self._warned.get(snapshot.uuid, frozenset())
+        if found.keys() != before:  # it may have come to what it was warned of, too
+            snapshot = await self.look(snapshot)
         if snapshot.uuid not in self.snapshots:
             return
         self._warned[snapshot.uuid] = frozenset(found)
@@ -238,7 +249,8 @@ class Shelf:
                 code,
                 extra=fields(MessageId.WARNING, snapshot, code=code),
             )
-        for code in found.keys() - before:
+        stood = self._stood.get(snapshot.uuid, _UNSEEN)
+        for code in found.keys() - before - {stood.code}:  # which was told with its State
             log.warning(
                 "snapshot %s of disk %s of domain %s: %s",
                 snapshot.name,

@@ -232,6 +232,25 @@ async def test_a_thick_snapshot_that_fills_is_warned_of_and_then_failed(
     assert not [name for name in group.volumes() if name.startswith("snapd-vm-")]
 
 
+async def test_one_that_fills_at_once_is_failed_before_anybody_asks(
+    daemon: Lab, api: Api, places: Places, group: Group
+) -> None:
+    device = group.device("thick")
+    guest = await guest_on(api, places, device)
+    small = "<diskSnapshot method='lvm'><size unit='MiB'>8</size></diskSnapshot>"
+    await api.client.listen()
+    created = await api.create(guest, method_xml=small)
+    fill(device, 16)
+    began = asyncio.get_running_loop().time()
+    await until(api, "overflowed", created)
+    assert asyncio.get_running_loop().time() - began < 20
+    assert (await api.properties(created.snapshot, SNAPSHOT))["State"] == "failed"
+    await asyncio.sleep(15)
+    codes = [one.body[0] for one in api.client.signals if one.member == "Warning"]
+    assert codes == ["overflowed"]
+    await delete(api, created)
+
+
 async def until(api: Api, code: str, created: Created) -> None:
     """Wait for a Warning."""
     deadline = asyncio.get_running_loop().time() + 60

@@ -54,6 +54,8 @@ snapshots, as it finds no device to clear.
 _FRESH_S = 5.0
 """For so long a report is taken for what is there, where it is only for warnings."""
 
+_OVERFLOWED = "The snapshot has overflowed: its volume was full, and it is lost; delete it."
+
 
 class Lvm:
     """See the top of the file; `mount_dir` is where snapshots are mounted."""
@@ -321,7 +323,7 @@ class Lvm:
                 "failed",
                 f"{one.vg}/{one.name} has overflowed",
                 "overflowed",
-                "The snapshot has overflowed: its volume was full, and it is lost; delete it.",
+                _OVERFLOWED,
                 removable=True,
             )
         if found.writable or not (found.is_thin if one.thin else found.is_snapshot):
@@ -352,7 +354,9 @@ class Lvm:
             return {}
         if not one.thin:
             percent = found.data_percent or 0.0
-            if found.overflowed or not 0 < self._config.warn_percent <= percent:
+            if found.overflowed:
+                return {"overflowed": _OVERFLOWED}
+            if not 0 < self._config.warn_percent <= percent:
                 return {}
             return {
                 "filling": f"The snapshot of disk {target.disk} is filled to {percent:.0f} %, and "
