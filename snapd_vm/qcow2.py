@@ -95,7 +95,8 @@ def read_header(fd: int) -> Header:
     if len(block) < 72 or not block.startswith(_MAGIC):
         raise NotQcow2("no qcow2 magic")
     _, version, offset, length, _, size, crypt = _HEAD.unpack_from(block)
-    if version not in (1, 2, 3) or length > 1023:
+    short = version == 3 and len(block) < _HEADER_LENGTH
+    if version not in (1, 2, 3) or length > 1023 or short or offset >= 1 << 63:
         raise NotQcow2("a qcow2 header that makes no sense")
     backing = os.pread(fd, length, offset) if offset else b""
     if len(backing) != (length if offset else 0):

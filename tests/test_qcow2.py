@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from snapd_vm import qcow2
+from snapd_vm import qcow2, storage
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
 
@@ -83,3 +83,20 @@ def test_a_backing_name_may_be_1023_bytes_long(tmp_path: Path) -> None:
     assert described(ours)["backing-filename"] == longest
     with pytest.raises(ValueError, match="longer than 1023 bytes"):
         written(tmp_path / "other", GIB, Path(longest + "x"), "qcow2")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"QFI\xfb" + (3).to_bytes(4, "big") + bytes(80),  # cut off
+        b"QFI\xfb" + (2).to_bytes(4, "big") + (1 << 63).to_bytes(8, "big") + bytes(100),
+        b"QFI\xfb" + (3).to_bytes(4, "big") + (2**64 - 1).to_bytes(8, "big") + bytes(100),
+    ],
+    ids=["short", "far", "farthest"],
+)
+def test_a_header_that_a_guest_may_have_made_up(tmp_path: Path, header: bytes) -> None:
+    made_up = tmp_path / "made up"
+    made_up.write_bytes(header)
+    with made_up.open("rb") as file, pytest.raises(qcow2.NotQcow2):
+        qcow2.read_header(file.fileno())
+    assert list(storage.backing_chain(str(made_up))) == []

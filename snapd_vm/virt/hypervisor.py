@@ -8,6 +8,7 @@ keep-alive within 20 s, a call on a domain with a stuck job after 30 s (qemu dri
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -301,6 +302,22 @@ def read_domain(domain: libvirt.virDomain) -> Domain:
     return found
 
 
+def _in_stopped_pool(pool: libvirt.virStoragePool, volume: str) -> tuple[str, str] | None:
+    """The file that a volume is in a folder's pool which is not active: it is there still, and its
+    domain has it (libvirt looks up volumes of active pools alone).
+    """
+    try:
+        if pool.isActive():
+            return None
+        tree = etree.fromstring(pool.XMLDesc())
+    except libvirt.libvirtError:
+        return None
+    folder = tree.findtext("target/path")
+    if tree.get("type") not in ("dir", "fs", "netfs") or not folder or "/" in volume:
+        return None
+    return "file", os.path.join(folder, volume)
+
+
 def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: bool) -> Domain:
     """Its ID is taken from the XML: what `domain` itself says is of when it was looked up."""
     connection = domain.connect()
@@ -312,12 +329,15 @@ def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: 
     def resolve_volume(pool: str, volume: str) -> tuple[str, str] | None:
         try:
             holds = connection.storagePoolLookupByName(pool)
+        except libvirt.libvirtError:
+            return None
+        try:
             found = holds.storageVolLookupByName(volume)
             kind = found.info()[0]
             path = found.path()
             tree = etree.fromstring(holds.XMLDesc()) if kind == _IN_NETWORK else None
         except libvirt.libvirtError:
-            return None
+            return _in_stopped_pool(holds, volume)
         if tree is not None and tree.get("type") == "rbd":
             return "network", image_in_pool(tree, path)
         kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}

@@ -206,6 +206,25 @@ async def test_one_beside_the_chain_that_is_read_holds_up_the_delete_of_what_it_
     assert not os.path.exists(stacked[1].file)
 
 
+async def test_one_beside_the_chain_that_can_not_be_looked_at_is_not_spoilt(
+    api: Api, places: Places, tmp_path: Path
+) -> None:
+    """As when what it is on is not mounted."""
+    guest = places.guest()
+    await places.known(api)
+    stacked = await stack(api, guest, 2)
+    sums = await contents(api, tmp_path, stacked)
+    await revert(api, stacked[0])
+    away = places.folder() / "away"
+    os.rename(stacked[1].file, away)
+    assert "is not there" in (await refused(delete(api, stacked[0]), "InvalidState")).text
+    os.rename(away, stacked[1].file)
+    assert await contents(api, tmp_path, stacked) == sums
+    await delete(api, stacked[0])
+    assert await contents(api, tmp_path, stacked[1:]) == sums[1:]
+    await delete(api, stacked[1])
+
+
 async def test_an_image_with_snapshots_in_itself(api: Api, places: Places) -> None:
     guest = places.guest()
     await places.known(api)

@@ -222,6 +222,30 @@ async def test_an_image_in_an_active_pool(api: Api, places: Places, golden: Gues
         pool.undefine()
 
 
+async def test_a_domains_volume_in_a_pool_that_is_not_active(
+    api: Api, places: Places, golden: Guest
+) -> None:
+    """libvirt looks up no volume there, and the domain has it all the same."""
+    folder = places.folder()
+    image(folder / "clone.qcow2", golden.disk().path)
+    connection = places.lab.hypervisor.connection()
+    pool = connection.storagePoolDefineXML(
+        f"<pool type='dir'><name>{folder.name}</name><target><path>{folder}</path></target></pool>"
+    )
+    try:
+        pool.create()
+        source = f"<source pool='{folder.name}' volume='clone.qcow2'/>"
+        other = places.guest(DiskSpec("qcow2", source=source, type="volume"))
+        pool.destroy()
+        assert other.name in (await unchanged(api, golden, "Busy")).text
+        other.remove()
+        await api.create(golden)
+    finally:
+        if pool.isActive():
+            pool.destroy()
+        pool.undefine()
+
+
 async def test_an_image_on_a_block_device(api: Api, places: Places, lab: Lab) -> None:
     device, folder = lab.block.loop().device, lab.folder("overlays")
     guest = places.guest(DiskSpec(device=device, size_mib=16, filesystem=None))

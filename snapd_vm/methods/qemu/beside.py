@@ -34,6 +34,12 @@ class Hypervisor(folder.Hypervisor, Protocol):
 
 def check(layer: Layer) -> None:
     """Refuse what a delete of this snapshot can't do to those beside it, without a change."""
+    for image in layer.beside:
+        if storage.file_id(image.path) is None:  # not mounted, it may be: it is not to be spoilt
+            raise InvalidState(
+                f"The image {image.path} of another snapshot of the disk is not there, so whether "
+                "it lies on this one can't be told; delete that snapshot first, or mount it again."
+            )
     for image in (*_on(layer, layer.origin), *_on(layer, layer.path)):
         reader = storage.reader_of(image.path, layer.domain)
         if reader:
