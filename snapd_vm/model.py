@@ -123,6 +123,11 @@ class Domain:
     methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def flushes(self) -> bool:
+        """Whether what runs it writes out what it buffers when it stops the vCPUs, as QEMU does."""
+        return self.driver in ("qemu", "kvm", "hvf")
+
+    @property
     def active(self) -> bool:
         """Whether an instance is running or paused."""
         return self.id != -1

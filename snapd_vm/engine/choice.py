@@ -99,7 +99,7 @@ class Choices:
     @property
     def unfrozen(self) -> Consistency:
         """What comes of it if nothing is frozen."""
-        return Consistency.PAUSED if self.stops else self.floor
+        return Consistency.PAUSED if self.stops and self.domain.flushes else self.floor
 
 
 def choose(
@@ -188,7 +188,8 @@ def _label(name: str, targets: Sequence[str], known: Sequence[Snapshot], created
 def _floor(world: World, domain: Domain) -> Consistency:
     """The consistency that a snapshot has if nothing is frozen."""
     if domain.active:
-        return Consistency.PAUSED if domain.state == "paused" else Consistency.CRASH
+        still = domain.state == "paused" and domain.flushes
+        return Consistency.PAUSED if still else Consistency.CRASH
     off = world.hypervisor.off_state(domain.uuid)
     if off.migrated:
         raise Busy("The domain was migrated and may be running on another host.")
