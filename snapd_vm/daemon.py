@@ -22,7 +22,7 @@ from snapd_vm.bus.served import DiskSnapshotBus
 from snapd_vm.config import Config, ConfigError
 from snapd_vm.engine import recovery
 from snapd_vm.engine.engine import Engine
-from snapd_vm.engine.journal import AnyStep, Journal, claim
+from snapd_vm.engine.journal import AnyStep, Held, Journal, claim
 from snapd_vm.engine.world import World
 from snapd_vm.errors import SnapdError
 from snapd_vm.methods.btrfs.btrfs import Btrfs
@@ -189,7 +189,8 @@ async def serve(
 def thaw_held(config_path: str | None) -> int:
     """Thaw every guest that the journal says may be frozen; the exit status, 1 if one still is.
 
-    Volumes on which an lvcreate was killed, as systemd kills what the daemon leaves, go on first.
+    A guest on a volume that an lvcreate left standing still, as systemd kills what the daemon
+    leaves, can be thawed when that goes on again; all others come first.
 
     For ExecStopPost: it runs when the daemon is dead, and tries for a bounded time.
     """
@@ -202,28 +203,55 @@ def thaw_held(config_path: str | None) -> int:
     except (config.ConfigError, SnapdError) as error:
         log.critical("%s", error)
         return 1
-    for operation in journal.operations():
-        for target in operation.targets:
-            if target.method == Lvm.name:  # a guest on a volume that stands still can't be thawed
-                try:
-                    lvmsnapshot.resume(LvmTarget.of(target))
-                except SnapdError as error:
-                    log.critical("disk %s may stand still: %s", target.disk, error)
     start_event_loop()  # for the keep-alive of connections
     hypervisor = Hypervisor(ConnectionPool(settings.uri))
     deadline = time.monotonic() + _THAW_LIMIT_S
-    held = journal.held()
-    while held and time.monotonic() < deadline:
-        for one in list(held):
-            if recovery.thaw(hypervisor, one, settings.agent_timeout_s):
-                journal.release(one.domain_uuid)
-                held.remove(one)
-        if held:
+    try:
+        held = _still_held(journal, hypervisor, journal.held(), settings.agent_timeout_s)
+        _resume_volumes(journal)
+        while held and time.monotonic() < deadline:
             time.sleep(0.5)
+            held = _still_held(journal, hypervisor, held, settings.agent_timeout_s)
+    except SnapdError as error:
+        log.critical("%s", error)
+        return 1
+    finally:
+        journal.close()
     for one in held:
         log.critical("domain %s may still be frozen", one.domain_name)
-    journal.close()
     return 1 if held else 0
+
+
+def _still_held(
+    journal: Journal, hypervisor: Hypervisor, held: Sequence[Held], timeout: float
+) -> Sequence[Held]:
+    """Thaw each once; those of which it is not certain. `timeout` is in seconds, for each."""
+    left = []
+    for one in held:
+        if not recovery.thaw(hypervisor, one, timeout):
+            left.append(one)
+            continue
+        try:
+            journal.release(one.domain_uuid)
+        except SnapdError as error:  # the others are waiting
+            log.error("that domain %s goes on was not written down: %s", one.domain_name, error)
+    return left
+
+
+def _resume_volumes(journal: Journal) -> None:
+    try:
+        operations = journal.operations()
+    except SnapdError as error:
+        log.critical("volumes may stand still: %s", error)
+        return
+    for operation in operations:
+        for target in operation.targets:
+            if target.method != Lvm.name:
+                continue
+            try:
+                lvmsnapshot.resume(LvmTarget.of(target))
+            except (SnapdError, LookupError, TypeError, ValueError) as error:
+                log.critical("disk %s may stand still: %s", target.disk, error)
 
 
 def _notify(state: str) -> None:

@@ -7,7 +7,7 @@ import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
-from snapd_vm.engine.journal import Journal, Kind, Operation
+from snapd_vm.engine.journal import Held, Journal, Kind, Operation
 from snapd_vm.model import Consistency, Flags, SnapshotState, Tag
 from tests.bus.fakes import make_snapshot
 
@@ -41,6 +41,17 @@ def test_that_a_revert_is_settled_is_read_again(tmp_path: Path) -> None:
     journal.begin(revert())
     journal.begin(replace(revert(), settled=True))
     assert journal.operations() == [replace(revert(), settled=True)]
+    journal.close()
+
+
+def test_a_guest_that_may_be_frozen_still_is_not_forgotten_by_the_next_create(
+    tmp_path: Path,
+) -> None:
+    journal, operation = Journal(tmp_path), revert()
+    domain = operation.tag.domain_uuid
+    journal.prepared(operation, Held(domain, "web", 7, frozen=True, stopped=False))
+    journal.prepared(operation, Held(domain, "web", None, frozen=False, stopped=True))
+    assert journal.held() == [Held(domain, "web", 7, frozen=True, stopped=True)]
     journal.close()
 
 

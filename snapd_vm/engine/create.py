@@ -164,7 +164,8 @@ def _take(
                 )
             except freeze.SwitchFailed as error:
                 held = error.held
-                if required and isinstance(error.error, TimedOut):
+                late = error.late or isinstance(error.error, stop.StoodTooLong)
+                if required and late and isinstance(error.error, TimedOut):
                     raise QuiesceTimedOut(str(error.error)) from error
                 raise error.error from error
             held = frozen.held

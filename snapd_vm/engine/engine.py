@@ -198,11 +198,11 @@ class Engine:
         task = self._tasks.begin(
             self._as_job(running, self._create(uuid, pinned, running), _created)
         )
-        await asyncio.wait([task], timeout=self._patience)
+        await asyncio.wait([task], timeout=self._patience(len(requests)))
         if not task.done() and not running.give_up():
             config = self._world.config
             more = config.freeze_timeout_s + config.frozen_limit_s + _REST_S
-            await asyncio.wait([task], timeout=more)
+            await asyncio.wait([task], timeout=more + self._programs_s(len(requests)))
             running.give_up(past_return=True)
         if not task.done():
             raise TimedOut(f"{_HANGS[:-1]}; what was begun is undone when they do.")
@@ -357,12 +357,12 @@ class Engine:
             await self._refreshed(request.uuid)
 
     async def _stored_method(self, request: Request) -> str:
-        async with self._reads.hold(request.uuid, self._patience):
+        async with self._reads.hold(request.uuid, self._patience()):
             return await self._world.run(stored.read, self._world, request)
 
     async def _disks(self, uuid: str) -> Sequence[DiskReport]:
         """One at a time for each domain, so that a QEMU that hangs takes one thread of ours."""
-        async with self._reads.hold(uuid, self._patience):
+        async with self._reads.hold(uuid, self._patience()):
             return await self._world.run(self._disk_reports, uuid)
 
     async def _changed(
@@ -451,16 +451,21 @@ class Engine:
     async def _patiently(self, work: Coroutine[Any, Any, T]) -> T:
         """The outcome of what changes nothing. Raises TimedOut."""
         task = self._tasks.begin(work)
-        await asyncio.wait([task], timeout=self._patience)
+        await asyncio.wait([task], timeout=self._patience())
         if not task.done():
             raise TimedOut(_HANGS)
         return await asyncio.shield(task)
 
-    @property
-    def _patience(self) -> float:
+    def _patience(self, disks: int = 1) -> float:
         """Seconds that a caller waits for what can be undone: its turn, the agent, and the rest."""
         config = self._world.config
-        return 2 * config.lock_timeout_s + config.agent_timeout_s + _REST_S
+        own = config.agent_timeout_s + _REST_S + self._programs_s(disks)
+        return 2 * config.lock_timeout_s + own
+
+    def _programs_s(self, disks: int) -> float:
+        """Seconds that programs which are methods may take: one run for each disk, one for all."""
+        slowest = max((one.timeout_s for one in self._world.config.executable), default=0)
+        return (disks + 1) * slowest
 
 
 def _domain_of(found: Found) -> str:

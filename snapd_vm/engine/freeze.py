@@ -113,6 +113,8 @@ def around(
                 return _frozen(switch, agent, rescue, freeze_timeout, started, count, reach)
             failure = QuiesceFailed("The guest agent froze no file system.")
         held = not _thaw(agent, freeze_timeout)[1]  # some may be frozen although it failed
+        if held:
+            rescue.begin()
         return _unfrozen(switch, failure, held=held, required=required, reach=reach)
     except SwitchFailed:
         raise
@@ -138,7 +140,7 @@ def _frozen(
         reach(Step.SWITCHED)
     except BaseException as error:
         _, thawed = _thaw(agent, timeout)
-        raise SwitchFailed(error, held=not thawed) from error
+        raise SwitchFailed(error, held=not thawed, late=rescue.fired) from error
     released, thawed = _thaw(agent, timeout)
     thawed_at = rescue.freed_at or time.monotonic()
     frozen_us = int((thawed_at - started) * 1e6)
@@ -164,12 +166,15 @@ def _frozen_by_others() -> Busy:
 
 
 class SwitchFailed(Exception):
-    """The switch failed, and why; `held`: the guest may be frozen still."""
+    """The switch failed, and why. `held`: the guest may be frozen still; `late`: it was thawed
+    meanwhile, as it had been frozen for too long.
+    """
 
-    def __init__(self, error: BaseException, *, held: bool) -> None:
+    def __init__(self, error: BaseException, *, held: bool, late: bool = False) -> None:
         super().__init__(str(error))
         self.error = error
         self.held = held
+        self.late = late
 
 
 def _unfrozen(

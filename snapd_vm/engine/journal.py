@@ -135,6 +135,15 @@ class Held:
     frozen: bool = True
     stopped: bool = False
 
+    def joined(self, later: Held) -> Held:
+        """What is to be released of this and a later one of the same domain together."""
+        return dataclasses.replace(
+            later,
+            agent_timeout=later.agent_timeout if self.agent_timeout is None else self.agent_timeout,
+            frozen=self.frozen or later.frozen,
+            stopped=self.stopped or later.stopped,
+        )
+
 
 def claim(folder: Path) -> int:
     """Take the folder for this process alone; the descriptor to keep open.
@@ -190,7 +199,8 @@ class Journal:
         """Write down what was made, and that the domain may stand still from now on."""
         rows = [_put_operation(operation)]
         if held is not None:
-            rows.append(_put_held(held))
+            known = [one for one in self.held() if one.domain_uuid == held.domain_uuid]
+            rows.append(_put_held(known[0].joined(held) if known else held))
         self._write(rows)
 
     def end(self, operation: Operation, snapshots: Sequence[Snapshot], release: bool) -> None:

@@ -51,6 +51,7 @@ class Keeper:
         self._operations: dict[str, Operation] = {}
         self._held: dict[str, Held] = {}
         self._settling: dict[str, asyncio.Task[None]] = {}
+        self._changing: set[str] = set()
         self._wake = asyncio.Event()
         self._settle_now = asyncio.Event()
         self.thawed = asyncio.Event()
@@ -135,7 +136,8 @@ class Keeper:
 
     def hold(self, held: Held) -> None:
         """Go on thawing this guest until its agent answers; the journal has it already."""
-        self._held.setdefault(held.domain_uuid, held)
+        known = self._held.get(held.domain_uuid)
+        self._held[held.domain_uuid] = held if known is None else known.joined(held)
         self._wake.set()
 
     async def undo(self, failed: Failed) -> None:
@@ -151,6 +153,11 @@ class Keeper:
         )
         if failed.held is not None:
             self.hold(failed.held)
+        elif uuid not in self._held:  # it goes on, whatever becomes of the rest
+            try:
+                await self._world.run(self._world.journal.release, uuid)
+            except SnapdError as error:
+                log.error("that domain %s goes on was not written down: %s", uuid, error)
         # Before it is begun: a commit that is cut off is gone on with, and its snapshot not kept.
         lasting = dataclasses.replace(operation, failed=True)
         try:
@@ -195,23 +202,33 @@ class Keeper:
 
         Raises what it has failed with; the domain stays closed if it is to be gone on with.
         """
-        outcome = await self._changes.attempt(operation, watch)
+        uuid = operation.tag.domain_uuid
+        self._changing.add(uuid)
+        try:
+            outcome = await self._changes.attempt(operation, watch)
+        finally:
+            self._changing.discard(uuid)
         if outcome.open is not None:
             self._leave_open(outcome.open)
         if outcome.error is not None:
             raise outcome.error
 
     async def _release_if_free(self, held: Held) -> None:
-        """Thaw, unless an operation is at work on the domain, which thaws by itself."""
+        """Thaw, unless a Create is at work on the domain, which thaws by itself."""
         async with self._locks.attempt(held.domain_uuid) as free:
-            if free:
+            if free or held.domain_uuid in self._changing:
                 await self._release(held)
 
     async def _release(self, held: Held) -> None:
-        world = self._world
+        world, uuid = self._world, held.domain_uuid
         if await world.run(recovery.thaw, world.hypervisor, held, world.config.agent_timeout_s):
-            await self._world.run(self._world.journal.release, held.domain_uuid)
-            self._held.pop(held.domain_uuid, None)
+            try:
+                await world.run(world.journal.release, held.domain_uuid)
+            except SnapdError as error:  # it goes on; to thaw it once more does no harm
+                log.error("that domain %s goes on was not written down: %s", uuid, error)
+                return
+            if self._held.get(uuid) is held:
+                del self._held[uuid]
 
     def _leave_open(self, operation: Operation) -> None:
         self._operations[operation.tag.uuid] = operation

@@ -24,6 +24,12 @@ class Hypervisor(Protocol):
     def resume(self, uuid: str) -> bool: ...
 
 
+class StoodTooLong(TimedOut):
+    """The vCPUs ran again before the switch had ended."""
+
+    dbus_name = TimedOut.dbus_name
+
+
 def around(
     switch: Callable[[], None],
     hypervisor: Hypervisor,
@@ -33,9 +39,9 @@ def around(
 ) -> None:
     """Stop the vCPUs of a running domain, call `switch`, let them run.
 
-    Raises what `switch` raises, and TimedOut where it took longer than `limit` seconds: the vCPUs
-    then ran again before it had ended; Busy where they did because of somebody else. What could not
-    be resumed raises too; whoever called sees to it from there.
+    Raises what `switch` raises, and StoodTooLong where it took longer than `limit` seconds: the
+    vCPUs then ran again before it had ended; Busy where they did because of somebody else. What
+    could not be resumed raises too; whoever called sees to it from there.
     """
     rescue = Rescue(limit, lambda: _resumed(hypervisor, uuid))
     try:
@@ -43,13 +49,16 @@ def around(
         try:
             hypervisor.suspend(uuid)
             reach(Step.STOPPED)
-            switch()
+            if not rescue.fired:  # else they stopped after they were let run, and nobody watches
+                switch()
         finally:
             stood = hypervisor.resume(uuid)
     finally:
         rescue.end()
     if rescue.fired:
-        raise TimedOut("The domain stood still for too long and was resumed meanwhile; try again.")
+        raise StoodTooLong(
+            "The domain stood still for too long and was resumed meanwhile; try again."
+        )
     if not stood:
         raise Busy("The domain was resumed by somebody else meanwhile; try again.")
 

@@ -157,6 +157,32 @@ async def test_without_the_flag_a_freeze_that_times_out_is_gone_on_without(
     own.writes_go_on()
 
 
+async def test_a_late_freeze_does_not_last_as_long_as_a_delete(
+    connect: Connect, faulty: Lab, own: Guest
+) -> None:
+    """A commit may take hours, and does not thaw."""
+    flag = faulty.folder("flags") / "hang-delete"
+    limited = {**SHORT, "qemu": {"commit_bandwidth": 1}}
+    faulty.daemon.start(limited, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
+    api = await connect()
+    call = asyncio.create_task(api.create(own))
+    await asyncio.to_thread(wait_until, "the ping is over", flag.exists, 20)
+    own.stop_agent()
+    flag.unlink()
+    created = await call
+    own.fill("vda", "filling", 24)
+    delete = asyncio.create_task(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0))
+    await asyncio.to_thread(
+        wait_until, "it is committed", lambda: own.domain.blockJobInfo("vda"), 20
+    )
+    own.cont_agent()
+    await asyncio.to_thread(wait_until, "it is released", lambda: not held_in(faulty), 10)
+    assert not delete.done()
+    own.writes_go_on()
+    await delete
+    assert not own.agent_says_frozen()
+
+
 @pytest.mark.parametrize("required", [True, False])
 async def test_the_agent_hangs_at_the_thaw(
     connect: Connect, faulty: Lab, own: Guest, required: bool
