@@ -17,6 +17,8 @@ from snapd_vm import __version__, daemon
 from tests import readme
 from tests.fake_service import FakeService
 from tests.lab import DiskSpec, Guest, Lab
+from tests.real.arrays import NAME as ARRAY
+from tests.real.arrays import Array
 
 ROOT = Path(__file__).parent.parent
 NAME = "org.example.DiskSnapshot"
@@ -225,7 +227,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Gues
     with Lab() as lab:
         folders = [lab.block.mounted(filesystem).path for filesystem in ("xfs", "btrfs")]
         below = [DiskSpec(format="raw", size_mib=16, folder=folder) for folder in folders]
-        guest = lab.guest([DiskSpec(), *below], name="web")
+        guest = lab.guest([DiskSpec(), *below, lab.ceph.start().disk("confined")], name="web")
         lab.daemon.start(argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
         yield lab, guest, command
         lab.daemon.stop()
@@ -334,6 +336,45 @@ def test_confined_it_snapshots_a_subvolume_too(served: tuple[Lab, Guest, Path]) 
     gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdc/held"])
     assert gone.returncode == 0, gone.stderr + lab.daemon.log
     assert not folder.parent.exists()
+
+
+def test_confined_it_asks_a_ceph_cluster_too(served: tuple[Lab, Guest, Path]) -> None:
+    lab, guest, command = served
+    made = lab.as_user(None, [command, "create", guest.name, "vdd", "--name", "far", "--json"])
+    assert made.returncode == 0, made.stderr + lab.daemon.log
+    answer = json.loads(made.stdout)
+    assert (answer["method"], answer["consistency"]) == ("rbd", "quiesced")
+    assert "snapd-vm-" in lab.ceph.rbd("snap", "ls", "vm/confined")
+    gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdd/far"])
+    assert gone.returncode == 0, gone.stderr + lab.daemon.log
+    assert not lab.ceph.rbd("snap", "ls", "vm/confined").strip()
+
+
+def test_confined_it_asks_a_program_with_the_drop_in_of_the_manual(
+    served: tuple[Lab, Guest, Path], tmp_path: Path
+) -> None:
+    lab, guest, command = served
+    manual = (ROOT / "docs/writing-a-method.md").read_text().splitlines()
+    (line,) = [line.strip() for line in manual if line.startswith("    CapabilityBoundingSet=")]
+    unit, dropped = (tmp_path / name for name in ("unit", "dropped"))
+    unit.write_text((ROOT / "systemd/snapd-vm.service").read_text())
+    dropped.write_text(f"{unit.read_text()}\n[Service]\n{line}\n")
+    array = Array.install(lab)
+    lab.daemon.stop()
+    try:
+        words: list[str | Path] = [sys.executable, "-m", "tests.confine", dropped, command]
+        lab.daemon.start(array.config, argv=[*words, "daemon"])
+        options = ("--method", ARRAY, "--name", "asked", "--json")
+        made = lab.as_user(None, [command, "create", guest.name, "vdb", *options])
+        assert made.returncode == 0, made.stderr + lab.daemon.log
+        assert json.loads(made.stdout)["consistency"] == "quiesced"
+        assert len(array.copies) == 1
+        gone = lab.as_user(None, [command, "delete", f"{guest.name}/vdb/asked"])
+        assert gone.returncode == 0, gone.stderr + lab.daemon.log
+        assert array.copies == set()
+    finally:
+        lab.daemon.stop()
+        lab.daemon.start({}, argv=[sys.executable, "-m", "tests.confine", unit, command, "daemon"])
 
 
 def test_the_examples_of_the_readme_work_on_a_real_guest(served: tuple[Lab, Guest, Path]) -> None:

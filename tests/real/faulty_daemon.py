@@ -2,9 +2,11 @@
 
     python -m tests.real.faulty_daemon --at STEP --do FAULT [--stop-limit SECONDS] --config FILE
 
-FAULT is kill, stop, raise, sleep:SECONDS, wait:FILE (which it makes, and waits for its removal) or
-raise-wait:FILE (and an error then). It comes the first time that an operation reaches STEP, only
-in this life of the daemon. The stop limit is how long its end waits, in place of a minute.
+FAULT is kill, stop, raise, sleep:SECONDS, wait:FILE (which it makes, and waits for its removal),
+raise-wait:FILE (and an error then) or, which is none, programs:FILE (each program that is started
+from there to the end of the switch is a line of it). It comes the first time that an operation
+reaches STEP, only in this life of the daemon. The stop limit is how long its end waits, in place of
+a minute.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from snapd_vm import config, daemon, journald
 from snapd_vm.engine.journal import AnyStep, DeleteStep, Journal, RevertStep, Step
 from snapd_vm.errors import StorageFailed
+
+_STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn")
 
 
 class Fault:
@@ -30,8 +35,17 @@ class Fault:
         self._then_raise = do.startswith("raise-")
         self._do = do.removeprefix("raise-")
         self._done = False
+        self._programs: Path | None = None
+
+    def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An audit hook (sys.addaudithook): of whatever way to start a program."""
+        if self._programs is not None and event in _STARTS:
+            with self._programs.open("a") as file:
+                file.write(f"{' '.join(map(os.fsdecode, arguments[1]))}\n")
 
     def __call__(self, step: AnyStep) -> None:
+        if step == Step.SWITCHED:
+            self._programs = None
         if step != self._step or self._done:
             return
         self._done = True
@@ -41,6 +55,10 @@ class Fault:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self._do == "raise":
             raise StorageFailed("A fault was asked for.")
+        elif self._do.startswith("programs:"):
+            self._programs = Path(self._do.removeprefix("programs:"))
+            self._programs.touch()
+            sys.addaudithook(self._heard)
         elif self._do.startswith("sleep:"):
             time.sleep(float(self._do.removeprefix("sleep:")))
         elif self._do.startswith("wait:"):

@@ -39,6 +39,8 @@ from tests.real.storages import NAMES, STORAGES, Copies, Storage, env_of, unfroz
 from tests.real.test_crash import FAULTY
 
 COMMAND = re.compile(r"this would remove it: (.*?) MESSAGE_ID=")
+TAKERS = {"lvm": "lvcreate", "zfs": "zfs snapshot", "array": "file-array"}
+"""The one program of a method, where no library call does it."""
 SIZE = 64 << 20
 KILLS = 5
 
@@ -234,6 +236,24 @@ async def test_a_name_on_the_storage_that_is_taken(
         await refused(call, "NameInUse")
         assert not await api.snapshots_of(storage.guest)
         storage.guest.writes_go_on()
+
+
+async def test_no_program_but_the_one_that_takes_it_is_started_in_the_freeze(
+    served: Lab, storage: Storage, connect: Connect, tmp_path: Path
+) -> None:
+    started = tmp_path / "programs"
+    served.daemon.stop()
+    served.daemon.start(
+        storage.config,
+        argv=(*FAULTY, "--at", Step.FROZEN, "--do", f"programs:{started}"),
+        env=env_of(storage),
+    )
+    api = await connect()
+    created = await api.create(storage.guest, method_xml=xml_of(storage), flags=QUIESCE_REQUIRED)
+    lines = started.read_text().splitlines()
+    assert len(lines) == (storage.method in TAKERS), lines
+    assert all(TAKERS[storage.method] in line for line in lines), lines
+    await delete(api, created.snapshot)
 
 
 async def test_no_room(service: Api, storage: Storage) -> None:
