@@ -24,7 +24,7 @@ LAB_PACKAGES   := libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clien
                   qemu-utils qemu-guest-agent busybox-static cpio lz4 polkitd dbus systemd libglib2.0-bin \
                   e2fsprogs xfsprogs btrfs-progs ceph-mon ceph-osd ceph-mgr ceph-common \
                   qemu-block-extra libvirt-daemon-driver-storage-rbd
-VM_PACKAGES    := mmdebstrap
+VM_PACKAGES    := mmdebstrap kmod
 BENCH_PACKAGES := python3-dbus-next python3-libvirt python3-lxml python3-systemd \
                   libvirt-dbus snapper firewalld
 PACKAGES       := $(BUILD_PACKAGES) $(LAB_PACKAGES)
