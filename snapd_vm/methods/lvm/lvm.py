@@ -199,6 +199,8 @@ class Lvm:
         if origin is not None and origin.name == one.lv and origin.uuid != one.lv_uuid:
             log.warning("%s was replaced before it was taken", one.origin)
             return False
+        if one.thin and not _is_active(one):
+            return False
         return not one.image or lvmfile.holds_image(one)
 
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
@@ -373,3 +375,18 @@ class Lvm:
             f"{fullest:.0f} %, and the guest gets errors or stops when it is full; extend it, or "
             "delete snapshots."
         }
+
+
+def _is_active(one: LvmTarget) -> bool:
+    """Whether a thin snapshot has a device, or can have one: an lvcreate that was killed may have
+    written it down for lvm before the kernel's pool was told of it.
+    """
+    if devicemapper.device_number(one.device) is not None:
+        return True
+    try:
+        devicemapper.load_target("thin-pool")
+        lvmvolumes.activate(one.vg, one.name)
+    except StorageFailed as error:
+        log.warning("%s/%s is not whole: %s", one.vg, one.name, error)
+        return False
+    return True
