@@ -205,21 +205,24 @@ def thaw_held(config_path: str | None) -> int:
         return 1
     start_event_loop()  # for the keep-alive of connections
     hypervisor = Hypervisor(ConnectionPool(settings.uri))
-    deadline = time.monotonic() + _THAW_LIMIT_S
+    status = 0
     try:
-        held = _still_held(journal, hypervisor, journal.held(), settings.agent_timeout_s)
-        _resume_volumes(journal)
-        while held and time.monotonic() < deadline:
-            time.sleep(0.5)
-            held = _still_held(journal, hypervisor, held, settings.agent_timeout_s)
+        held: Sequence[Held] = journal.held()
     except SnapdError as error:
         log.critical("%s", error)
-        return 1
-    finally:
-        journal.close()
+        held, status = [], 1
+    held = _still_held(journal, hypervisor, held, settings.agent_timeout_s)
+    _resume_volumes(journal)
+    deadline = time.monotonic() + _THAW_LIMIT_S
+    while held:
+        held = _still_held(journal, hypervisor, held, settings.agent_timeout_s)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     for one in held:
         log.critical("domain %s may still be frozen", one.domain_name)
-    return 1 if held else 0
+    journal.close()
+    return 1 if held else status
 
 
 def _still_held(

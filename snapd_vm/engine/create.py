@@ -163,7 +163,8 @@ def _take(
                     reach=world.reach,
                 )
             except freeze.SwitchFailed as error:
-                held = error.held
+                # Whatever the agent said, the vCPUs may stand still.
+                held = error.held or (stops and error.begun)
                 late = error.late or isinstance(error.error, stop.StoodTooLong)
                 if required and late and isinstance(error.error, TimedOut):
                     raise QuiesceTimedOut(str(error.error)) from error

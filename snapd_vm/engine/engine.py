@@ -198,11 +198,12 @@ class Engine:
         task = self._tasks.begin(
             self._as_job(running, self._create(uuid, pinned, running), _created)
         )
-        await asyncio.wait([task], timeout=self._patience(len(requests)))
+        programs = self._programs_s(uuid, requests)
+        await asyncio.wait([task], timeout=self._patience + programs)
         if not task.done() and not running.give_up():
             config = self._world.config
             more = config.freeze_timeout_s + config.frozen_limit_s + _REST_S
-            await asyncio.wait([task], timeout=more + self._programs_s(len(requests)))
+            await asyncio.wait([task], timeout=more + programs)
             running.give_up(past_return=True)
         if not task.done():
             raise TimedOut(f"{_HANGS[:-1]}; what was begun is undone when they do.")
@@ -239,11 +240,13 @@ class Engine:
 
     async def plan(self, found: Found, request: Request) -> Plan:
         uuid = _domain_of(found)
-        return await self._patiently(self._plan(uuid, _pinned(found, request)))
+        programs = self._programs_s(uuid, [request])
+        return await self._patiently(self._plan(uuid, _pinned(found, request)), programs)
 
     async def disks(self, domain_uuid: str) -> Sequence[DiskReport]:
         self._require_connection()
-        return await self._patiently(self._disks(domain_uuid))
+        programs = self._programs_s(domain_uuid, [])
+        return await self._patiently(self._disks(domain_uuid), programs)
 
     async def set_method(self, found: Found, request: Request, method_xml: str) -> None:
         pinned = _pinned(found, request)
@@ -357,12 +360,12 @@ class Engine:
             await self._refreshed(request.uuid)
 
     async def _stored_method(self, request: Request) -> str:
-        async with self._reads.hold(request.uuid, self._patience()):
+        async with self._reads.hold(request.uuid, self._patience):
             return await self._world.run(stored.read, self._world, request)
 
     async def _disks(self, uuid: str) -> Sequence[DiskReport]:
         """One at a time for each domain, so that a QEMU that hangs takes one thread of ours."""
-        async with self._reads.hold(uuid, self._patience()):
+        async with self._reads.hold(uuid, self._patience):
             return await self._world.run(self._disk_reports, uuid)
 
     async def _changed(
@@ -448,24 +451,33 @@ class Engine:
             except SnapdError as error:
                 log.debug("domain %s was not read again: %s", uuid, error)
 
-    async def _patiently(self, work: Coroutine[Any, Any, T]) -> T:
-        """The outcome of what changes nothing. Raises TimedOut."""
+    async def _patiently(self, work: Coroutine[Any, Any, T], programs: float = 0) -> T:
+        """The outcome of what changes nothing; `programs` is from _programs_s. Raises TimedOut."""
         task = self._tasks.begin(work)
-        await asyncio.wait([task], timeout=self._patience())
+        await asyncio.wait([task], timeout=self._patience + programs)
         if not task.done():
             raise TimedOut(_HANGS)
         return await asyncio.shield(task)
 
-    def _patience(self, disks: int = 1) -> float:
+    @property
+    def _patience(self) -> float:
         """Seconds that a caller waits for what can be undone: its turn, the agent, and the rest."""
         config = self._world.config
-        own = config.agent_timeout_s + _REST_S + self._programs_s(disks)
-        return 2 * config.lock_timeout_s + own
+        return 2 * config.lock_timeout_s + config.agent_timeout_s + _REST_S
 
-    def _programs_s(self, disks: int) -> float:
-        """Seconds that programs which are methods may take: one run for each disk, one for all."""
-        slowest = max((one.timeout_s for one in self._world.config.executable), default=0)
-        return (disks + 1) * slowest
+    def _programs_s(self, uuid: str, requests: Sequence[Request]) -> float:
+        """Seconds that programs which are methods may take besides, where one is asked for, or
+        stored for a disk of the domain: a run for each disk, and one for all.
+        """
+        domain = self.domains.get(uuid)
+        stored = domain.methods if domain is not None else {}
+        asked = [one.wanted_method.method for one in requests if one.wanted_method is not None]
+        limits = [
+            one.timeout_s
+            for one in self._world.config.executable
+            if one.name in asked or any(one.name in text for text in stored.values())
+        ]
+        return (max(len(requests), len(stored)) + 1) * max(limits, default=0)
 
 
 def _domain_of(found: Found) -> str:

@@ -140,7 +140,7 @@ def _frozen(
         reach(Step.SWITCHED)
     except BaseException as error:
         _, thawed = _thaw(agent, timeout)
-        raise SwitchFailed(error, held=not thawed, late=rescue.fired) from error
+        raise SwitchFailed(error, held=not thawed, begun=True, late=rescue.fired) from error
     released, thawed = _thaw(agent, timeout)
     thawed_at = rescue.freed_at or time.monotonic()
     frozen_us = int((thawed_at - started) * 1e6)
@@ -166,14 +166,17 @@ def _frozen_by_others() -> Busy:
 
 
 class SwitchFailed(Exception):
-    """The switch failed, and why. `held`: the guest may be frozen still; `late`: it was thawed
-    meanwhile, as it had been frozen for too long.
+    """The switch failed, and why. `held`: the guest may be frozen still; `begun`: it was not just
+    the freeze; `late`: the guest was thawed meanwhile, as it had been frozen for too long.
     """
 
-    def __init__(self, error: BaseException, *, held: bool, late: bool = False) -> None:
+    def __init__(
+        self, error: BaseException, *, held: bool, begun: bool = False, late: bool = False
+    ) -> None:
         super().__init__(str(error))
         self.error = error
         self.held = held
+        self.begun = begun
         self.late = late
 
 
@@ -192,7 +195,7 @@ def _unfrozen(
     try:
         switch()
     except BaseException as error:
-        raise SwitchFailed(error, held=held) from error
+        raise SwitchFailed(error, held=held, begun=True) from error
     reach(Step.SWITCHED)
     return Frozen(0, 0, failure, held)
 

@@ -51,7 +51,7 @@ class Keeper:
         self._operations: dict[str, Operation] = {}
         self._held: dict[str, Held] = {}
         self._settling: dict[str, asyncio.Task[None]] = {}
-        self._changing: set[str] = set()
+        self._changing: dict[str, asyncio.Lock] = {}
         self._wake = asyncio.Event()
         self._settle_now = asyncio.Event()
         self.thawed = asyncio.Event()
@@ -203,11 +203,12 @@ class Keeper:
         Raises what it has failed with; the domain stays closed if it is to be gone on with.
         """
         uuid = operation.tag.domain_uuid
-        self._changing.add(uuid)
+        releasing = self._changing[uuid] = asyncio.Lock()
         try:
             outcome = await self._changes.attempt(operation, watch)
         finally:
-            self._changing.discard(uuid)
+            async with releasing:  # a thaw that is under way ends before the next Create begins
+                del self._changing[uuid]
         if outcome.open is not None:
             self._leave_open(outcome.open)
         if outcome.error is not None:
@@ -215,9 +216,14 @@ class Keeper:
 
     async def _release_if_free(self, held: Held) -> None:
         """Thaw, unless a Create is at work on the domain, which thaws by itself."""
-        async with self._locks.attempt(held.domain_uuid) as free:
-            if free or held.domain_uuid in self._changing:
+        uuid = held.domain_uuid
+        async with self._locks.attempt(uuid) as free:
+            if free:
                 await self._release(held)
+            elif uuid in self._changing:
+                async with (releasing := self._changing[uuid]):
+                    if self._changing.get(uuid) is releasing:
+                        await self._release(held)
 
     async def _release(self, held: Held) -> None:
         world, uuid = self._world, held.domain_uuid

@@ -234,11 +234,11 @@ class Shelf:
             return
         domains = dict(self._domains())
         found = await self._world.run(method.warnings, snapshot.target, domains)
-        before = self._warned.get(snapshot.uuid, frozenset())
-        if found.keys() != before:  # it may have come to what it was warned of, too
-            snapshot = await self.look(snapshot)
+        if found.keys() != self._warned.get(snapshot.uuid, frozenset()):
+            snapshot = await self.look(snapshot)  # it may have come to what it was warned of, too
         if snapshot.uuid not in self.snapshots:
             return
+        before = self._warned.get(snapshot.uuid, frozenset())
         self._warned[snapshot.uuid] = frozenset(found)
         for code in before - found.keys():
             log.info(

@@ -87,6 +87,8 @@ def lies_on_others(fd: int, image_format: str) -> bool:
 
 def path_lies_on_others(path: str, image_format: str) -> bool:
     """The same of an image of the host, by its path. Raises StorageFailed."""
+    if image_format == "raw":
+        return False
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:

@@ -283,7 +283,7 @@ def _definitions(connection: libvirt.virConnect) -> list[Domain]:
             # No state is asked for, and a transient one has as its definition what it runs with:
             # there may be hundreds.
             live = domain.XMLDesc()
-            found.append(_described(domain, live, state="nostate", persistent=True))
+            found.append(_described(domain, live, state="nostate", persistent=True, stopped=True))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone between the two calls
                 raise
@@ -303,8 +303,8 @@ def read_domain(domain: libvirt.virDomain) -> Domain:
 
 
 def _in_stopped_pool(pool: libvirt.virStoragePool, volume: str) -> tuple[str, str] | None:
-    """The file that a volume is in a folder's pool which is not active: it is there still, and its
-    domain has it (libvirt looks up volumes of active pools alone).
+    """The file that a volume is in a folder's pool which is not active (libvirt looks up volumes of
+    active pools alone).
     """
     try:
         if pool.isActive():
@@ -318,8 +318,14 @@ def _in_stopped_pool(pool: libvirt.virStoragePool, volume: str) -> tuple[str, st
     return "file", os.path.join(folder, volume)
 
 
-def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: bool) -> Domain:
-    """Its ID is taken from the XML: what `domain` itself says is of when it was looked up."""
+def _described(
+    domain: libvirt.virDomain, live: str, *, state: str, persistent: bool, stopped: bool = False
+) -> Domain:
+    """Its ID is taken from the XML: what `domain` itself says is of when it was looked up.
+
+    `stopped`: a volume of a pool that is not active is the file that it is when it is; a domain
+    can't be started with it, and has it all the same.
+    """
     connection = domain.connect()
     number = domainxml.instance(live)
     inactive = None
@@ -337,7 +343,7 @@ def _described(domain: libvirt.virDomain, live: str, *, state: str, persistent: 
             path = found.path()
             tree = etree.fromstring(holds.XMLDesc()) if kind == _IN_NETWORK else None
         except libvirt.libvirtError:
-            return _in_stopped_pool(holds, volume)
+            return _in_stopped_pool(holds, volume) if stopped else None
         if tree is not None and tree.get("type") == "rbd":
             return "network", image_in_pool(tree, path)
         kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}

@@ -243,11 +243,11 @@ async def test_one_that_fills_at_once_is_failed_before_anybody_asks(
     fill(device, 16)
     began = asyncio.get_running_loop().time()
     await until(api, "overflowed", created)
-    assert asyncio.get_running_loop().time() - began < 20
+    assert asyncio.get_running_loop().time() - began < 28  # looked at it is every 30 s
     assert (await api.properties(created.snapshot, SNAPSHOT))["State"] == "failed"
     await asyncio.sleep(15)
     codes = [one.body[0] for one in api.client.signals if one.member == "Warning"]
-    assert codes == ["overflowed"]
+    assert codes.count("overflowed") == 1
     await delete(api, created)
 
 

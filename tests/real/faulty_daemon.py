@@ -39,8 +39,9 @@ class Fault:
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit hook (sys.addaudithook): of whatever way to start a program."""
-        if self._programs is not None and event in _STARTS:
-            with self._programs.open("a") as file:
+        programs = self._programs
+        if programs is not None and event in _STARTS:
+            with programs.open("a") as file:
                 file.write(f"{' '.join(map(os.fsdecode, arguments[1]))}\n")
 
     def __call__(self, step: AnyStep) -> None:

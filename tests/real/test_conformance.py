@@ -248,6 +248,10 @@ async def test_no_program_but_the_one_that_takes_it_is_started_in_the_freeze(
         argv=(*FAULTY, "--at", Step.FROZEN, "--do", f"programs:{started}"),
         env=env_of(storage),
     )
+    looked = "looked for our files that no record knows"  # by programs, after the start
+    await asyncio.to_thread(
+        wait_until, looked, lambda: looked in served.daemon.log_of_this_life, 60
+    )
     api = await connect()
     created = await api.create(storage.guest, method_xml=xml_of(storage), flags=QUIESCE_REQUIRED)
     lines = started.read_text().splitlines()

@@ -22,6 +22,7 @@ from snapd_vm.errors import (
     Busy,
     MethodNotSupported,
     NameInUse,
+    SnapdError,
     StorageFailed,
 )
 from snapd_vm.methods import cloneback, copyback, taken
@@ -386,7 +387,7 @@ def _is_active(one: LvmTarget) -> bool:
     try:
         devicemapper.load_target("thin-pool")
         lvmvolumes.activate(one.vg, one.name)
-    except StorageFailed as error:
+    except SnapdError as error:
         log.warning("%s/%s is not whole: %s", one.vg, one.name, error)
         return False
     return True

@@ -130,7 +130,7 @@ class Executable:
         """Of the image, as QEMU sees it, where it has a path; else what the program said."""
         asked = Asked.of(target)
         disk = asked.snapshot["disk"]
-        if disk["path"] and disk["format"] in ("raw", "qcow2"):
+        if disk["path"]:
             return storage.virtual_size(disk["path"], disk["format"])
         if not asked.size:
             raise StorageFailed(f"Method {self.name} does not say how large disk {target.disk} is.")

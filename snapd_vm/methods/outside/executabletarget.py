@@ -10,7 +10,7 @@ from typing import Any
 
 from lxml import etree
 
-from snapd_vm import storage
+from snapd_vm import qcow2, storage
 from snapd_vm.errors import SnapdError, StorageFailed
 from snapd_vm.methods import chain
 from snapd_vm.model import Disk, Json, Target
@@ -85,13 +85,24 @@ def unsound(asked: Asked) -> str:
     """Why what is there is not to be read as an image of the disk's format, in words, or ''.
 
     Whoever reads it would be led by its header to other files, which the program may not read.
+    Raises StorageFailed where it can't be read, which says nothing about it.
     """
+    if asked.snapshot["disk"]["format"] != "qcow2":
+        return ""
     try:
-        if chain.path_lies_on_others(asked.source, asked.snapshot["disk"]["format"]):
-            return f"{asked.source} lies on other files"
-    except StorageFailed as error:
-        return str(error)
+        with open(asked.source, "rb", opener=_not_waiting) as file:
+            header = qcow2.read_header(file.fileno())
+    except qcow2.NotQcow2 as error:
+        return f"{asked.source} is no image: {error}"
+    except OSError as error:
+        raise StorageFailed(f"{asked.source} can't be read: {error.strerror}.") from error
+    if header.backing_file or header.external_data:
+        return f"{asked.source} lies on other files"
     return ""
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_roots(folder: str) -> bool:

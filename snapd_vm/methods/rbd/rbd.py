@@ -99,7 +99,7 @@ class Rbd:
             raise MethodNotSupported(problem)
         data = data_of(tag.uuid, domain.uuid, disk.format, disk.source_xml)
         target = Target(method=self.name, disk=disk.target, data=data)
-        if named is not None:
+        if named is not None and disk.format == "qcow2":
             found = RbdTarget.of(target)
             with self._clusters.session(found.place.access) as session:
                 self._check_alone(session, found, disk.target, NotUnderDisk)
