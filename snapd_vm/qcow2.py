@@ -46,6 +46,11 @@ class Header:
     encrypted: bool
     external_data: bool = False
 
+    @property
+    def lies_on_others(self) -> bool:
+        """Whether a part of the image's contents is in other files."""
+        return bool(self.backing_file) or self.external_data
+
 
 def new_size(size: int) -> int:
     """Bytes that a new image of virtual `size` takes: header, refcount table and block, L1 table.

@@ -154,10 +154,7 @@ class Keeper:
         if failed.held is not None:
             self.hold(failed.held)
         elif uuid not in self._held:  # it goes on, whatever becomes of the rest
-            try:
-                await self._world.run(self._world.journal.release, uuid)
-            except SnapdError as error:
-                log.error("that domain %s goes on was not written down: %s", uuid, error)
+            await self._write_off(uuid)
         # Before it is begun: a commit that is cut off is gone on with, and its snapshot not kept.
         lasting = dataclasses.replace(operation, failed=True)
         try:
@@ -227,14 +224,21 @@ class Keeper:
 
     async def _release(self, held: Held) -> None:
         world, uuid = self._world, held.domain_uuid
-        if await world.run(recovery.thaw, world.hypervisor, held, world.config.agent_timeout_s):
-            try:
-                await world.run(world.journal.release, held.domain_uuid)
-            except SnapdError as error:  # it goes on; to thaw it once more does no harm
-                log.error("that domain %s goes on was not written down: %s", uuid, error)
-                return
-            if self._held.get(uuid) is held:
-                del self._held[uuid]
+        limit = world.config.agent_timeout_s
+        free = await world.run(recovery.thaw, world.hypervisor, held, limit)
+        if free and await self._write_off(uuid) and self._held.get(uuid) is held:
+            del self._held[uuid]
+
+    async def _write_off(self, uuid: str) -> bool:
+        """Write down that the domain goes on; whether that could be done. Else it is thawed once
+        more, which does no harm.
+        """
+        try:
+            await self._world.run(self._world.journal.release, uuid)
+        except SnapdError as error:
+            log.error("that domain %s goes on was not written down: %s", uuid, error)
+            return False
+        return True
 
     def _leave_open(self, operation: Operation) -> None:
         self._operations[operation.tag.uuid] = operation

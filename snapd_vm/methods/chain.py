@@ -81,8 +81,7 @@ def lies_on_others(fd: int, image_format: str) -> bool:
     """Whether a part of the image's contents is in other files. Raises StorageFailed."""
     if image_format == "raw":
         return False
-    header = _header(fd)
-    return bool(header.backing_file) or header.external_data
+    return _header(fd).lies_on_others
 
 
 def path_lies_on_others(path: str, image_format: str) -> bool:
@@ -91,8 +90,8 @@ def path_lies_on_others(path: str, image_format: str) -> bool:
         return False
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise StorageFailed(f"The image {path} can't be opened.") from error
+    except OSError as error:
+        raise StorageFailed(f"{path} can't be opened: {error.strerror}.") from error
     try:
         return lies_on_others(fd, image_format)
     finally:

@@ -135,17 +135,7 @@ def check_alone(disk: Disk, holder: str, *, named: bool) -> None:
     `holder` is what holds the image alone. Raises MethodNotSupported, or NotUnderDisk where the
     caller has `named` the layer; and StorageFailed.
     """
-    alone = not disk.chain
-    if alone and disk.format != "raw":
-        try:
-            fd = os.open(disk.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageFailed(f"{disk.path} can't be opened: {error.strerror}.") from error
-        try:
-            alone = not chain.lies_on_others(fd, disk.format)
-        finally:
-            os.close(fd)
-    if not alone:
+    if disk.chain or chain.path_lies_on_others(disk.path, disk.format):
         raise (NotUnderDisk if named else MethodNotSupported)(elsewhere(disk.target, holder))
 
 

@@ -215,17 +215,19 @@ async def test_a_label_that_is_taken(service: Api, storage: Storage) -> None:
     await delete(service, created.snapshot)
 
 
+def serve_faulty(served: Lab, storage: Storage, step: Step, fault: str) -> None:
+    """Another daemon in its place, with a fault; see faulty_daemon.py."""
+    served.daemon.stop()
+    argv = (*FAULTY, "--at", step, "--do", fault)
+    served.daemon.start(storage.config, argv=argv, env=env_of(storage))
+
+
 async def test_a_name_on_the_storage_that_is_taken(
     served: Lab, storage: Storage, connect: Connect, tmp_path: Path
 ) -> None:
     """Between check and use, as before that nobody knows the name."""
     flag = tmp_path / "flag"
-    served.daemon.stop()
-    served.daemon.start(
-        storage.config,
-        argv=(*FAULTY, "--at", Step.PREPARED, "--do", f"wait:{flag}"),
-        env=env_of(storage),
-    )
+    serve_faulty(served, storage, Step.PREPARED, f"wait:{flag}")
     api = await connect()
     call = asyncio.create_task(api.create(storage.guest, method_xml=xml_of(storage), name="taken"))
     await asyncio.to_thread(wait_until, "it is prepared", flag.exists, storage.snapshot_s)
@@ -242,12 +244,7 @@ async def test_no_program_but_the_one_that_takes_it_is_started_in_the_freeze(
     served: Lab, storage: Storage, connect: Connect, tmp_path: Path
 ) -> None:
     started = tmp_path / "programs"
-    served.daemon.stop()
-    served.daemon.start(
-        storage.config,
-        argv=(*FAULTY, "--at", Step.FROZEN, "--do", f"programs:{started}"),
-        env=env_of(storage),
-    )
+    serve_faulty(served, storage, Step.FROZEN, f"programs:{started}")
     looked = "looked for our files that no record knows"  # by programs, after the start
     await asyncio.to_thread(
         wait_until, looked, lambda: looked in served.daemon.log_of_this_life, 60

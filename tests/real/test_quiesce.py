@@ -18,7 +18,7 @@ from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real import images
-from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, VDA, Api, ApiError
+from tests.real.api import NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, VDA, Api, ApiError, Created
 from tests.real.conftest import Connect
 from tests.real.test_crash import FAULTY, active_file, faulty, files_of
 
@@ -140,17 +140,24 @@ async def test_the_agent_hangs_at_the_freeze_and_freezes_late(
     assert (await api.create(own, flags=QUIESCE_REQUIRED)).ours("consistency") == "quiesced"
 
 
-async def test_without_the_flag_a_freeze_that_times_out_is_gone_on_without(
-    connect: Connect, faulty: Lab, own: Guest
-) -> None:
+async def taken_by_a_hung_agent(
+    connect: Connect, faulty: Lab, own: Guest, settings: dict[str, Any]
+) -> tuple[Api, Created]:
+    """A snapshot of a guest whose agent stops after the ping, and may freeze it when it goes on."""
     flag = faulty.folder("flags") / "hang-0"
-    faulty.daemon.start(SHORT, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
+    faulty.daemon.start(settings, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
     api = await connect()
     call = asyncio.create_task(api.create(own))
     await asyncio.to_thread(wait_until, "the ping is over", flag.exists, 20)
     own.stop_agent()
     flag.unlink()
-    created = await call
+    return api, await call
+
+
+async def test_without_the_flag_a_freeze_that_times_out_is_gone_on_without(
+    connect: Connect, faulty: Lab, own: Guest
+) -> None:
+    _, created = await taken_by_a_hung_agent(connect, faulty, own, SHORT)
     assert created.ours("consistency") == "crash"
     own.cont_agent()
     await asyncio.to_thread(wait_until, "it is released", lambda: not held_in(faulty), 30)
@@ -161,15 +168,8 @@ async def test_a_late_freeze_does_not_last_as_long_as_a_delete(
     connect: Connect, faulty: Lab, own: Guest
 ) -> None:
     """A commit may take hours, and does not thaw."""
-    flag = faulty.folder("flags") / "hang-delete"
     limited = {**SHORT, "qemu": {"commit_bandwidth": 1}}
-    faulty.daemon.start(limited, argv=(*FAULTY, "--at", Step.ARMED, "--do", f"wait:{flag}"))
-    api = await connect()
-    call = asyncio.create_task(api.create(own))
-    await asyncio.to_thread(wait_until, "the ping is over", flag.exists, 20)
-    own.stop_agent()
-    flag.unlink()
-    created = await call
+    api, created = await taken_by_a_hung_agent(connect, faulty, own, limited)
     own.fill("vda", "filling", 24)
     delete = asyncio.create_task(api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0))
     await asyncio.to_thread(

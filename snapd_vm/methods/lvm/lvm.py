@@ -200,8 +200,12 @@ class Lvm:
         if origin is not None and origin.name == one.lv and origin.uuid != one.lv_uuid:
             log.warning("%s was replaced before it was taken", one.origin)
             return False
-        if one.thin and not _is_active(one):
-            return False
+        if one.thin:
+            try:
+                lvmsnapshot.activate(one)
+            except SnapdError as error:  # lvcreate was killed before the kernel's pool was told
+                log.warning("%s/%s is not whole: %s", one.vg, one.name, error)
+                return False
         return not one.image or lvmfile.holds_image(one)
 
     def undo(self, target: Target, tag: Tag, *, again: bool) -> bool:
@@ -248,9 +252,7 @@ class Lvm:
     def show(self, target: Target) -> None:
         """See Shows: active, and its file system mounted, again after the host's start."""
         one = LvmTarget.of(target)
-        if devicemapper.device_number(one.device) is None:
-            devicemapper.load_target("thin-pool" if one.thin else "snapshot")
-            lvmvolumes.activate(one.vg, one.name)
+        lvmsnapshot.activate(one)
         if one.mount:
             lvmmount.mount(one)
 
@@ -376,18 +378,3 @@ class Lvm:
             f"{fullest:.0f} %, and the guest gets errors or stops when it is full; extend it, or "
             "delete snapshots."
         }
-
-
-def _is_active(one: LvmTarget) -> bool:
-    """Whether a thin snapshot has a device, or can have one: an lvcreate that was killed may have
-    written it down for lvm before the kernel's pool was told of it.
-    """
-    if devicemapper.device_number(one.device) is not None:
-        return True
-    try:
-        devicemapper.load_target("thin-pool")
-        lvmvolumes.activate(one.vg, one.name)
-    except SnapdError as error:
-        log.warning("%s/%s is not whole: %s", one.vg, one.name, error)
-        return False
-    return True

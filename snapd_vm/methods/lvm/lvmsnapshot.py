@@ -29,6 +29,13 @@ def remove(one: LvmTarget) -> bool:
     return True
 
 
+def activate(one: LvmTarget) -> None:
+    """Have a device for the snapshot, which has none after the host's start. Raises SnapdErrors."""
+    if devicemapper.device_number(one.device) is None:
+        devicemapper.load_target("thin-pool" if one.thin else "snapshot")
+        lvmvolumes.activate(one.vg, one.name)
+
+
 def suspended(path: str) -> bool:
     """Whether a volume's device stands still."""
     number = devicemapper.device_number(path)

@@ -96,9 +96,7 @@ def unsound(asked: Asked) -> str:
         return f"{asked.source} is no image: {error}"
     except OSError as error:
         raise StorageFailed(f"{asked.source} can't be read: {error.strerror}.") from error
-    if header.backing_file or header.external_data:
-        return f"{asked.source} lies on other files"
-    return ""
+    return f"{asked.source} lies on other files" if header.lies_on_others else ""
 
 
 def _not_waiting(path: str, flags: int) -> int:

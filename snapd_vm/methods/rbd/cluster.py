@@ -47,11 +47,11 @@ _LOOK = "librbd; librbd.load()"
 NO_LIBRARY = -1
 
 GONE = "The Ceph cluster of the disk did not answer in time; look at its state with 'ceph -s'."
-# librados goes on trying, whichever it is.
 _NO_WAY = (
     "The Ceph cluster of the disk can't be found: its configuration file, its monitors or the "
     "user's key are not on this host; see 'ceph.conf' and the disk's XML."
 )
+# librados goes on trying, whichever it is.
 SHUT = (
     f"The Ceph cluster of the disk has let nobody in for {_CONNECT_S} s: it does not answer, or "
     "does not know the disk's user with the key in the libvirt secret; look at 'ceph -s' and "

@@ -102,7 +102,7 @@ class Rbd:
         if named is not None and disk.format == "qcow2":
             found = RbdTarget.of(target)
             with self._clusters.session(found.place.access) as session:
-                self._check_alone(session, found, disk.target, NotUnderDisk)
+                _check_alone(session, found, disk.target, NotUnderDisk)
         return target
 
     def source(self, target: Target, disk: Disk) -> tuple[Disk, str]:
@@ -130,7 +130,7 @@ class Rbd:
                 info = session.ask("info", image=found.place.words)
                 if found.name in info["snaps"]:
                     raise NameInUse(f"There is a snapshot {found} already; remove it.")
-                self._check_alone(session, found, target.disk, MethodNotSupported)
+                _check_alone(session, found, target.disk, MethodNotSupported)
                 space = session.ask("space", pool=found.place.pool)
                 available = int(space["available"])
                 if space["full"] or 0 < available < _RESERVE:
@@ -307,19 +307,6 @@ class Rbd:
             "left, and the guest stops when there are none; make room, or delete snapshots."
         }
 
-    def _check_alone(
-        self, session: Session, found: RbdTarget, disk: str, error: type[SnapdError]
-    ) -> None:
-        """Refuse an image that a snapshot of the RBD image does not hold the whole of."""
-        if found.format != "qcow2":
-            return
-        header = _header(session, found)
-        if header.backing_file or header.external_data:
-            raise error(
-                f"The image of disk {disk} lies on others, which a snapshot of the RBD image does "
-                "not hold."
-            )
-
     def _snap(self, session: Session, found: RbdTarget) -> int | None:
         """The cluster's number of the snapshot that we made, or None."""
         info = session.ask("info", image=found.place.words, key=found.key)
@@ -358,6 +345,15 @@ def _unfit(disk: Disk) -> str:
     if "<snapshot" in disk.source_xml:
         return f"Disk {disk.target} is a snapshot of an RBD image already, and never changes."
     return ""
+
+
+def _check_alone(session: Session, found: RbdTarget, disk: str, error: type[SnapdError]) -> None:
+    """Refuse an image, with this error, that a snapshot of the RBD image does not hold whole."""
+    if found.format == "qcow2" and _header(session, found).lies_on_others:
+        raise error(
+            f"The image of disk {disk} lies on others, which a snapshot of the RBD image does not "
+            "hold."
+        )
 
 
 def _header(session: Session, found: RbdTarget) -> qcow2.Header:
