@@ -177,7 +177,7 @@ def test_its_two_names_may_be_named(volume: Disk, name: str) -> None:
     ],
 )
 def test_no_other_name_is_taken_wherever_it_leads(volume: Disk, name: str) -> None:
-    with pytest.raises(NotUnderDisk):
+    with pytest.raises(NotUnderDisk, match="is on /dev/v-g/lv; name that device"):
         claim(volume, device=name)
 
 

@@ -97,9 +97,10 @@ def _unfit_volume(disk: Disk, volume: Volume, tag: Tag, wanted: int) -> str:
 
 
 def _not_under(disk: Disk, named: str, volume: Volume | None) -> str:
+    # True of a name that leads to the volume too, and of a disk that an encrypted one holds.
     if volume is None:
-        return f"Disk {disk.target} is not on the device {named}, nor on a logical volume at all."
-    return f"Disk {disk.target} is not on the device {named}, but on {volume.path}."
+        return f"Disk {disk.target} is not directly on {named}, nor on a logical volume."
+    return f"Disk {disk.target} is on {volume.path}; name that device, not {named}."
 
 
 def _holding(

@@ -88,7 +88,7 @@ def _file(disk: Disk, tag: Tag, named: str) -> dict[str, Json]:
         os.close(fd)
     if place is None:
         if named:
-            raise NotUnderDisk(f"Disk {disk.target} is not in a ZFS dataset.")
+            raise NotUnderDisk(f"The image of disk {disk.target} is not a file on ZFS.")
         raise MethodNotSupported(
             f"The image of disk {disk.target} is not on ZFS; use another method."
         )
