@@ -1,4 +1,7 @@
-"""On CI nothing may skip: there a test, or a file of tests, that would be skipped fails."""
+"""On CI nothing may skip: there a test, or a file of tests, that would be skipped fails.
+
+And a failure is shown when it comes, as a run that is cut off comes to no summary.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,26 @@ from pathlib import Path
 import pytest
 
 ON_CI = bool(os.environ.get("CI"))
+
+
+class Promptly:
+    """Shows the end of each failure, and of what was printed before it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            said = (report.capstdout[-4000:], report.longreprtext[-4000:])
+            terminal.write_line(f"\n{report.nodeid}, {report.when}: failed")
+            terminal.write_line("\n".join(filter(None, said)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the process that tells, which is not where the tests run if several do so at a time."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Promptly(config))
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from tests.lab.hostvm import HostVm
 
-LIMIT_S = 3000.0
 ALL = bool(os.environ.get("SNAPD_VM_ALL"))
+LIMIT_S = 3000.0 if ALL else 900.0
 CONFORMANCE = "is_clean or found_again"
 """What `make test` has the time for."""
 PYTEST = ("python3", "-m", "pytest", "-q", "--durations=15")

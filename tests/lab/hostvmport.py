@@ -20,6 +20,10 @@ GRACE_S = 15
 """What the agent may take longer than the program's limit before the VM counts as hung."""
 
 
+class HungError(LabError):
+    """The VM, or the agent in it, is past answering."""
+
+
 def quiet(_stream: str, _part: bytes) -> None:
     """Nobody watches the output."""
 
@@ -50,12 +54,12 @@ class Port:
         stdin: bytes = b"",
         output: Output = quiet,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program in the VM to its end."""
+        """Run a program in the VM to its end; HungError if it does not answer."""
         try:
             return self._run(argv, env, cwd, timeout, stdin, output, grace=GRACE_S)
         except OSError as error:
             self.close()
-            raise LabError(f"the host VM does not answer: {error}") from error
+            raise HungError(f"the host VM does not answer: {error}") from error
 
     def close(self) -> None:
         """Let go of it; what runs there is ended."""
