@@ -5,13 +5,14 @@ The kernel is asked, not a list of our own: a run that was killed had no time to
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tests.lab.deadline import LabError, wait_until
+from tests.lab.deadline import SLOWNESS, LabError, wait_until
 from tests.lab.program import attempt, run
 
 
@@ -48,11 +49,24 @@ def detach_below(folder: Path) -> None:
 
 def unmount(point: Path) -> None:
     """Unmount, with some patience: QEMU's last flush may come after its end has been seen."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 10 * SLOWNESS
     while (tried := attempt(["umount", point])).returncode:
         if time.monotonic() > end:
-            raise LabError(f"umount {point}: {tried.stderr.strip()}")
+            users = "; ".join(_users(point)) or "no process, nor loop device"
+            raise LabError(f"umount {point}: {tried.stderr.strip()}: {users}")
         time.sleep(0.1)
+
+
+def _users(point: Path) -> Iterator[str]:
+    """Who has something below it: processes, by their links in /proc/PID, and loop devices."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone in this moment
+            name = (process / "comm").read_text().strip()
+            links = [*(process / "fd").iterdir(), process / "cwd", process / "root"]
+            for place in {os.readlink(link) for link in links if link.is_symlink()}:
+                if Path(place).is_relative_to(point):
+                    yield f"{name} ({process.name}) has {place}"
+    yield from map(str, loops_below(point))
 
 
 def detach(device: Path) -> None:
