@@ -35,7 +35,7 @@ PACKAGES       := $(BUILD_PACKAGES) $(LAB_PACKAGES)
 help:
 	@echo 'make check      lint, types, data files; under a minute'
 	@echo 'make test       check, then all tests (as root, they start their own bus, libvirtd and guests)'
-	@echo 'make test-hostvm  lvm, zfs and the service under systemd, in a VM: all of it, over an hour'
+	@echo 'make test-hostvm  lvm, zfs and the service under systemd, in a VM: all of it, about three hours'
 	@echo 'make demo       a quiesced snapshot of a running guest, over D-Bus, before your eyes'
 	@echo 'make lab        the bus, libvirtd and guest of the tests, and a shell to try things in'
 	@echo 'make bench      how long the guest stands still and a call takes, beside virsh and libvirt-dbus'

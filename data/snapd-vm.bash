@@ -23,9 +23,7 @@ _snapd_vm() {
 
     case $prev in
         --method)
-            mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink zfs -" -- "$cur")
-            # One from outside: the service knows.
-            ((${#COMPREPLY[@]})) || _snapd_vm_words "$cur" methods
+            _snapd_vm_methods "$cur"
             return ;;
         --config)
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")
@@ -53,11 +51,17 @@ _snapd_vm() {
             create:[1-9]* | plan:1 | [gs]et-method:1)
                 _snapd_vm_words "$cur" disks "$domain" ;;
             set-method:2)
-                mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink zfs -" -- "$cur") ;;
+                _snapd_vm_methods "$cur" ;;
             delete:* | revert:0)
                 _snapd_vm_words "$cur" snapshots ;;
         esac
     fi
+}
+
+_snapd_vm_methods() {
+    mapfile -t COMPREPLY < <(compgen -W "btrfs lvm qemu rbd reflink zfs -" -- "$1")
+    # One from outside: the service knows.
+    ((${#COMPREPLY[@]})) || _snapd_vm_words "$1" methods
 }
 
 # The words that begin with $1; not by compgen -W, which would expand what a name holds.

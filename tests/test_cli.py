@@ -419,7 +419,8 @@ def test_completion(bus: str, service: FakeService, tmp_path: Path) -> None:
     assert offered("create", "--q") == ["--quiesce-required"]
     assert offered("create", "--method", "q") == ["qemu"]
     assert offered("create", "--method", "r") == ["rbd", "reflink"]
-    assert offered("create", "--method", "v") == ["vendor"]
+    for words in (("create", "--method"), ("set-method", "web", "vda")):
+        assert offered(*words, "v") == ["vendor"]
     assert offered("create", "w") == ["web"]
     assert offered("create", "--name", "n", "w") == ["web"]
     assert offered("create", "--json", "web", "v") == ["vda"]
