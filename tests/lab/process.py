@@ -32,9 +32,11 @@ class Process:
     name: str
 
     def alive(self) -> bool:
-        """Whether it still runs; a zombie does not."""
+        """Whether it still runs. A zombie does not, once none of its threads does: until then what
+        it had open is open, and what it had locked is locked.
+        """
         stat = _stat(self.pid)
-        return stat is not None and stat[1] == self.start and stat[0] not in "ZX"
+        return stat is not None and stat[1] == self.start and (stat[0] not in "ZX" or stat[2] > 1)
 
     def signal(self, number: int) -> None:
         """Send to the process and its group: each is the leader of a session of its own."""
@@ -43,13 +45,15 @@ class Process:
                 os.killpg(self.pid, number)
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start time, from the fields behind the command's name, which may hold anything."""
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """State, start time and number of threads, from the fields behind the command's name, which may
+    hold anything (proc(5)).
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return fields[0], int(fields[19])
+    return fields[0], int(fields[19]), int(fields[17])
 
 
 def open_files(pid: int) -> list[str]:
