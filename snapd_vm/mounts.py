@@ -36,10 +36,12 @@ class Mount:
 def table() -> tuple[Mount, ...]:
     """All mounts that the daemon sees. Raises StorageFailed."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+        data = Path("/proc/self/mountinfo").read_bytes()
     except OSError as error:
         raise StorageFailed(f"The table of mounts can't be read: {error.strerror}.") from error
-    return tuple(_mount(line) for line in lines)
+    # Not splitlines(), which also splits at a carriage return, and at what else Unicode has: those
+    # the kernel does not escape, and anybody may mount on a folder of such a name (fusermount3(1)).
+    return tuple(_mount(os.fsdecode(line)) for line in data.split(b"\n") if line)
 
 
 def mount_of(fd: int) -> Mount:

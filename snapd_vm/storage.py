@@ -235,7 +235,7 @@ def reader_of(path: str, uuid: str) -> str:
         return ""
     for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if file_id(loop.read_text().rstrip("\n")) == wanted:
+            if file_id(_backing(loop)) == wanted:
                 return f"the loop device {loop.parent.parent.name}"
     if wanted.inode == 0:
         major, minor = os.major(wanted.device), os.minor(wanted.device)
@@ -298,7 +298,7 @@ def reader_in(device: int) -> str:
     """
     for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if os.stat(loop.read_text().rstrip("\n")).st_dev == device:
+            if os.stat(_backing(loop)).st_dev == device:
                 return f"the loop device {loop.parent.parent.name}"
     for process in _others():
         if _is_in(process, device):
@@ -313,8 +313,15 @@ def _others() -> Iterator[Path]:
     return (process for process in Path("/proc").glob("[0-9]*") if process.name != own)
 
 
+def _backing(loop: Path) -> str:
+    """The file of a loop device; its name may be of any bytes."""
+    return os.fsdecode(loop.read_bytes().removesuffix(b"\n"))
+
+
 def _named(process: Path) -> str:
-    return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+    name = (process / "comm").read_text(errors="replace").strip()  # which it gives itself
+    printable = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return f"{printable} (process {process.name})"
 
 
 def _is_in(process: Path, device: int) -> bool:

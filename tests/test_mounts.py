@@ -36,6 +36,20 @@ def test_a_mount_is_found_from_a_file_in_it(tmp_path: Path) -> None:
     assert _mount_of(tmp_path) in mounts.table()
 
 
+@pytest.mark.parametrize(
+    "name", [b"a\rb", b"\x0b", "\x85".encode(), "\u2028".encode(), b"\xff", b"\n"]
+)
+def test_whatever_a_folder_is_called_on_which_somebody_mounts(tmp_path: Path, name: bytes) -> None:
+    point = tmp_path / os.fsdecode(name)
+    point.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
+    try:
+        assert _mount_of(tmp_path) in mounts.table()
+        assert _mount_of(point).point == str(point)
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
 def test_a_mount_that_is_gone(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
     fd = os.open(tmp_path, os.O_RDONLY)
