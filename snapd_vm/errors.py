@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 PREFIX = "org.example.DiskSnapshot.Error."
+NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 
 
 class SnapdError(Exception):

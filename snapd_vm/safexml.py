@@ -44,11 +44,15 @@ def place(element: etree._Element) -> str:
     return f"line {element.sourceline}, element <{shown(name)}>"
 
 
-def parse(text: str, limit: int = MAX_BYTES, *, whole: bool = False) -> etree._Element:
+def parse(
+    text: str, limit: int = MAX_BYTES, *, whole: bool = False, doctype: bool = False
+) -> etree._Element:
     """The root element of `text`, which may have at most `limit` bytes of UTF-8.
 
     For XML of a trusted origin; a stranger's goes through `read`. Comments and processing
-    instructions are dropped unless the `whole` is wanted, to be written again. Raises InvalidXML.
+    instructions are dropped unless the `whole` is wanted, to be written again. `doctype`: the
+    letters that begin a document type may be in it, where whoever wrote it writes none: somebody's
+    comment or CDATA. Raises InvalidXML.
     """
     if len(text) > limit:  # before it is encoded: ten megabytes cost nothing
         raise InvalidXML(f"The XML is longer than {limit} bytes; send a shorter one.")
@@ -62,9 +66,9 @@ def parse(text: str, limit: int = MAX_BYTES, *, whole: bool = False) -> etree._E
         raise InvalidXML("The XML is empty.")
     # The text itself is searched, as an internal subset does its harm while it is parsed. Outside
     # of comments and CDATA this can only be a document type; inside them nobody misses it.
-    doctype = text.find("<!DOCTYPE")
-    if doctype != -1:
-        line = text.count("\n", 0, doctype) + 1
+    begins = -1 if doctype else text.find("<!DOCTYPE")
+    if begins != -1:
+        line = text.count("\n", 0, begins) + 1
         raise InvalidXML(f"The XML has a document type (line {line}), which is not allowed.")
     parser = etree.XMLParser(  # a new one each time: it keeps its last document and its error log
         encoding="utf-8",  # whatever the XML declaration says, a str has been encoded here

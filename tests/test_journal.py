@@ -71,14 +71,14 @@ def test_what_a_disk_went_back_to_counts_until_the_domain_runs(tmp_path: Path) -
     crash = replace(one, drafts=(replace(draft, consistency=Consistency.CRASH),))
     clean = replace(one, drafts=(replace(draft, consistency=Consistency.QUIESCED),))
     journal.end(crash, [], release=False)  # undone
-    assert not journal.reverted_uncleanly(draft.domain_uuid)
+    assert not journal.unclean(draft.domain_uuid)
     for operation in (crash, clean, crash, crash):
         journal.end(operation, [draft], release=False)
-        assert journal.reverted_uncleanly(draft.domain_uuid) == (operation is crash)
+        assert journal.unclean(draft.domain_uuid) == (operation is crash)
     journal.stopped(draft.domain_uuid, clean=True)
-    assert journal.reverted_uncleanly(draft.domain_uuid)
+    assert journal.unclean(draft.domain_uuid)
     journal.stopped(draft.domain_uuid, clean=False)
-    assert not journal.reverted_uncleanly(draft.domain_uuid)
+    assert not journal.unclean(draft.domain_uuid)
     journal.close()
 
 
@@ -92,5 +92,5 @@ def test_a_journal_of_the_first_version(tmp_path: Path) -> None:
     for _ in range(2):
         journal = Journal(tmp_path)
         assert journal.operations() == [revert()]
-        assert not journal.reverted_uncleanly(revert().tag.domain_uuid)
+        assert not journal.unclean(revert().tag.domain_uuid)
         journal.close()

@@ -25,7 +25,7 @@ from snapd_vm.bus.contract import DISK_SNAPSHOT, DOMAIN, JOB, MANAGER, SNAPSHOT
 from snapd_vm.bus.tree import Root, Tree
 from snapd_vm.bus.wire import Typed
 from snapd_vm.engine.service import Service
-from snapd_vm.errors import InvalidArgs, NoSuchDomain
+from snapd_vm.errors import NOT_CONNECTED, HypervisorUnavailable, InvalidArgs, NoSuchDomain
 from snapd_vm.model import (
     DiskReport,
     Domain,
@@ -213,7 +213,9 @@ def cancel(tree: Tree, job: Job) -> Prepared:
 
 @open_to_all(Root, MANAGER, "FindDomain")
 def find_domain(tree: Tree, root: Root, name_or_uuid: str) -> Sequence[object]:
-    """The object of a domain, by UUID, else by name. Raises NoSuchDomain."""
+    """The object of a domain, by UUID, else by name. Raises NoSuchDomain, and
+    HypervisorUnavailable where nobody knows.
+    """
     domains = tree.service.domains
     uuid = name_or_uuid.lower()
     if uuid in domains:
@@ -221,6 +223,8 @@ def find_domain(tree: Tree, root: Root, name_or_uuid: str) -> Sequence[object]:
     for domain in domains.values():
         if domain.name == name_or_uuid:
             return (domain_path(domain.uuid),)
+    if not tree.service.connected:
+        raise HypervisorUnavailable(NOT_CONNECTED)
     raise NoSuchDomain("There is no domain of that name or UUID; 'virsh list --all' shows them.")
 
 

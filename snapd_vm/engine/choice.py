@@ -193,7 +193,7 @@ def _floor(world: World, domain: Domain) -> Consistency:
     off = world.hypervisor.off_state(domain.uuid)
     if off.migrated:
         raise Busy("The domain was migrated and may be running on another host.")
-    if world.journal.reverted_uncleanly(domain.uuid):
+    if world.journal.unclean(domain.uuid):
         return Consistency.CRASH
     if off.known_clean:
         return Consistency.OFFLINE

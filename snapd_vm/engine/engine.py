@@ -25,6 +25,7 @@ from snapd_vm.engine.shelf import SPOILT, Shelf
 from snapd_vm.engine.tasks import Tasks
 from snapd_vm.engine.world import World
 from snapd_vm.errors import (
+    NOT_CONNECTED,
     Busy,
     HypervisorUnavailable,
     InvalidState,
@@ -61,7 +62,6 @@ Begin: TypeAlias = Callable[
 ]
 """Checks a delete or revert of a snapshot, and begins it: see delete.begin for what it is given."""
 
-_NOT_CONNECTED = "libvirt is not connected; try again when it is back."
 _AT_ONCE = 8
 """Creates at work at the same time; others wait. libvirtd serves 20 calls at a time in all, and
 each hung agent holds one of them for as long as its timeout."""
@@ -125,7 +125,7 @@ class Engine:
     def find(self, request: Request) -> Found:
         found = select.find(self.domains, request)
         if found.domain is None and not self.connected:
-            return Found(error=HypervisorUnavailable(_NOT_CONNECTED))  # it may well be there
+            return Found(error=HypervisorUnavailable(NOT_CONNECTED))  # it may well be there
         return found
 
     # -- start and end ---------------------------------------------------------------------------
@@ -257,6 +257,10 @@ class Engine:
         return await self._patiently(self._stored_method(_pinned(found, request)))
 
     async def backup_source(self, snapshot_uuid: str) -> str:
+        program = self._program_s(self._shelf.get(snapshot_uuid))
+        return await self._patiently(self._backup_source(snapshot_uuid), program)
+
+    async def _backup_source(self, snapshot_uuid: str) -> str:
         snapshot = self._shelf.get(snapshot_uuid)
         await self._refreshed(snapshot.domain_uuid)
         snapshot = await self._shelf.look(snapshot)
@@ -282,8 +286,11 @@ class Engine:
         await self._refreshed(snapshot.domain_uuid)
         domain = self.domains.get(snapshot.domain_uuid)
         disk = domain.disk(snapshot.target.disk) if domain is not None else None
-        if not snapshot.modified_disk or disk is None:
-            return snapshot.modified_disk
+        left = snapshot.state is SnapshotState.DETACHED or (
+            snapshot.state is SnapshotState.FAILED and not snapshot.spoilt
+        )
+        if not snapshot.modified_disk or disk is None or left:
+            return ""  # it uses its own, or nothing, or what has nothing to do with the snapshot
         return disk.xml
 
     async def _create(
@@ -375,7 +382,9 @@ class Engine:
         uuid = self._shelf.get(snapshot_uuid).domain_uuid
         async with self._locks.hold(uuid, world.config.lock_timeout_s, watch):
             self._require_connection()
-            snapshot = await self._shelf.look(self._shelf.get(snapshot_uuid))
+            snapshot = self._shelf.get(snapshot_uuid)
+            look = self._shelf.look(snapshot)
+            snapshot = await self._patiently(look, self._program_s(snapshot))
             others = [one for one in self._shelf.of(uuid) if one.uuid != snapshot_uuid]
             domains = dict(self.domains)
             operation = await world.run(begin, world, snapshot, others, domains, uid)
@@ -414,7 +423,7 @@ class Engine:
         for disk in domain.disks:
             request = Request(DiskRequest(disk.target), None, "", Flags(0))
             try:
-                method, _, why = select.choose_method(world.methods, domain, disk, request, tag)
+                method, _, why = select.choose_reachable(world.methods, domain, disk, request, tag)
                 job = world.hypervisor.running_job(uuid, disk.target)
                 reports.append(DiskReport(disk, "" if job else method.name, job or why))
             except SnapdError as error:
@@ -441,7 +450,7 @@ class Engine:
     def _require_connection(self) -> None:
         self._tasks.require_open()
         if not self.connected:
-            raise HypervisorUnavailable(_NOT_CONNECTED)
+            raise HypervisorUnavailable(NOT_CONNECTED)
 
     async def _refreshed(self, uuid: str) -> None:
         """Read the domain again now, so that memory is true before the caller is answered."""
@@ -478,6 +487,11 @@ class Engine:
             if one.name in asked or any(one.name in text for text in stored.values())
         ]
         return (max(len(requests), len(stored)) + 1) * max(limits, default=0)
+
+    def _program_s(self, snapshot: Snapshot) -> float:
+        """The same for a look at a snapshot that a program has made."""
+        method, programs = snapshot.target.method, self._world.config.executable
+        return max((one.timeout_s for one in programs if one.name == method), default=0)
 
 
 def _domain_of(found: Found) -> str:

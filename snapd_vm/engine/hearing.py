@@ -53,10 +53,10 @@ class Hearing:
     def domain_resumed(self, uuid: str) -> None:
         self.resumed.add(uuid)
 
-    def domain_stopped(self, uuid: str, clean: bool) -> None:
-        self._mark(uuid, clean=clean)
+    def domain_stopped(self, uuid: str, clean: bool, ended: bool) -> None:
+        self._mark(uuid, clean=clean, ended=ended)
 
-    def _mark(self, uuid: str, *, clean: bool) -> None:
+    def _mark(self, uuid: str, *, clean: bool, ended: bool = False) -> None:
         """Remember whether the disks of a domain that is off, when it is, are clean.
 
         One that runs is not: should the host go down, or should it stop while we don't look, nobody
@@ -65,7 +65,8 @@ class Hearing:
 
         async def write() -> None:
             async with self._marking:  # in their order: the last word counts
-                await self._world.run(self._world.journal.stopped, uuid, clean=clean)
+                stopped = self._world.journal.stopped
+                await self._world.run(stopped, uuid, clean=clean, ended=ended)
 
         self._tasks.spawn(write())
 

@@ -229,23 +229,27 @@ class Journal:
         statement = "UPDATE snapshot SET data = ? WHERE uuid = ?"
         self._write([(statement, (json.dumps(dataclasses.asdict(snapshot)), snapshot.uuid))])
 
-    def stopped(self, domain_uuid: str, *, clean: bool) -> None:
+    def stopped(self, domain_uuid: str, *, clean: bool, ended: bool = False) -> None:
         """Remember whether the domain's last stop was a clean one; one that runs has had none.
 
-        What its disks were before it ran says no more what they are.
+        What its disks were before it ran says no more what they are. `ended`: libvirt calls it a
+        clean one, and it was not.
         """
         if clean:
             self._write([("DELETE FROM unclean_stop WHERE domain = ?", (domain_uuid,))])
         else:
-            self._write(
-                [
-                    ("INSERT OR REPLACE INTO unclean_stop VALUES (?)", (domain_uuid,)),
-                    ("DELETE FROM unclean_disk WHERE domain = ?", (domain_uuid,)),
-                ]
-            )
+            rows: list[_Row] = [
+                ("INSERT OR REPLACE INTO unclean_stop VALUES (?)", (domain_uuid,)),
+                ("DELETE FROM unclean_disk WHERE domain = ?", (domain_uuid,)),
+            ]
+            if ended:  # of no disk alone
+                rows.append(("INSERT INTO unclean_disk VALUES (?, '')", (domain_uuid,)))
+            self._write(rows)
 
-    def reverted_uncleanly(self, domain_uuid: str) -> bool:
-        """Whether a disk has gone back to a snapshot that is not clean since the domain ran."""
+    def unclean(self, domain_uuid: str) -> bool:
+        """Whether disks of the domain are not clean, whatever libvirt says of its last stop: one
+        has gone back since to a snapshot that is not, or the domain was ended without its guest.
+        """
         return bool(self._read("SELECT 1 FROM unclean_disk WHERE domain = ?", domain_uuid))
 
     def stopped_uncleanly(self, domain_uuid: str) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from snapd_vm.engine import create, freeze
 from snapd_vm.engine.journal import Held, Operation
 from snapd_vm.engine.world import Hypervisor, World
-from snapd_vm.errors import NoSuchDomain, SnapdError
+from snapd_vm.errors import NameInUse, NoSpace, NoSuchDomain, SnapdError
 from snapd_vm.methods.method import Kept
-from snapd_vm.model import Consistency, Snapshot
+from snapd_vm.model import Consistency, Snapshot, Tag, Target
 from snapd_vm.virt.agent import AgentGone, AgentRefused, AgentTimeout
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapsh
     was told). Raises the SnapdError of what could not be done now; it may be called again.
     """
     tag = operation.tag
-    if keep and all(world.method(t.method).taken(t, tag) for t in operation.targets):
+    if keep and all(_taken(world, t, tag) for t in operation.targets):
         return [_standing(world, draft) for draft in operation.drafts]
     standing = []
     for draft in reversed(operation.drafts):
@@ -38,6 +38,15 @@ def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapsh
             log.error("snapshot %s of domain %s stands: %s", tag.label, tag.domain_name, error)
             standing.append(_standing(world, draft))
     return standing
+
+
+def _taken(world: World, target: Target, tag: Tag) -> bool:
+    """Whether it was wholly taken; not, where it can't be shown for a reason that stays."""
+    try:
+        return world.method(target.method).taken(target, tag)
+    except (NoSpace, NameInUse) as error:
+        log.warning("snapshot %s of domain %s is undone: %s", tag.label, tag.domain_name, error)
+        return False
 
 
 def _standing(world: World, draft: Snapshot) -> Snapshot:

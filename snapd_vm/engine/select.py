@@ -15,7 +15,7 @@ from snapd_vm.errors import (
     NoSuchDomain,
     NotUnderDisk,
 )
-from snapd_vm.methods.method import Method, OnRequest
+from snapd_vm.methods.method import Method, OnRequest, Ways
 from snapd_vm.model import Disk, DiskRequest, Domain, Found, MethodRequest, Request, Tag, Target
 from snapd_vm.request import method_request
 
@@ -90,6 +90,17 @@ def choose_method(
         if target is not None:
             return method, target, f"the default for {method.suits(disk)}"
     raise MethodNotSupported(f"No method is there for disk {disk.target}.")
+
+
+def choose_reachable(
+    methods: Mapping[str, Method], domain: Domain, disk: Disk, request: Request, tag: Tag
+) -> tuple[Method, Target, str]:
+    """The same for who does not go on to check it: what Create always refuses is refused."""
+    method, target, why = choose_method(methods, domain, disk, request, tag)
+    ways: object = method
+    if isinstance(ways, Ways):
+        ways.check_way(target)
+    return method, target, why
 
 
 def _claim(

@@ -25,7 +25,7 @@ def store(world: World, request: Request, method_xml: str) -> None:
     methods.pop(disk.target, None)
     if request.method is not None:
         tag = Tag("00000000-0000-0000-0000-000000000000", "NAME", domain.uuid, domain.name, 0)
-        select.choose_method(world.methods, domain, disk, request, tag)
+        select.choose_reachable(world.methods, domain, disk, request, tag)
         methods[disk.target] = method_xml
     if methods == domain.methods and not (domain.active and domain.persistent):
         return  # else the definition may say something else, which the live XML does not tell

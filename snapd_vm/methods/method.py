@@ -212,6 +212,16 @@ class OnRequest(Protocol):
 
 
 @runtime_checkable
+class Ways(Protocol):
+    """A Method that can say without `check`, for next to nothing, where it won't enter a folder on
+    the way to the disk's image, or to what it makes, as others than root can change it.
+    """
+
+    def check_way(self, target: Target) -> None:
+        """Raises MethodNotSupported, and StorageFailed where a folder can't be opened."""
+
+
+@runtime_checkable
 class Warns(Protocol):
     """A Method that can tell of trouble to come, too."""
 

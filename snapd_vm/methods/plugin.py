@@ -36,6 +36,7 @@ from snapd_vm.methods.method import (
     Stored,
     Warns,
     Watch,
+    Ways,
 )
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
@@ -118,4 +119,5 @@ __all__ = [
     "TimedOut",
     "Warns",
     "Watch",
+    "Ways",
 ]

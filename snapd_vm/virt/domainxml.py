@@ -140,7 +140,7 @@ def replace_source(
     labels and startup policy stay with the disk, and everything else is as it was. Raises
     NoSuchDisk.
     """
-    tree = safexml.parse(inactive_xml, _LIMIT, whole=True)
+    tree = _parse(inactive_xml, whole=True)
     disk = _disk_element(tree, target)
     for name in ("backingStore", "mirror"):
         for element in disk.findall(name):
@@ -168,8 +168,11 @@ def replace_source(
     return etree.tostring(tree, encoding="unicode")
 
 
-def _parse(xml: str) -> etree._Element:
-    return safexml.parse(xml, _LIMIT)
+def _parse(xml: str, *, whole: bool = False) -> etree._Element:
+    """libvirt's own XML. It writes no document type, and lets anybody's comments and CDATA, which
+    may hold anything, stand in the metadata (virDomainSetMetadata).
+    """
+    return safexml.parse(xml, _LIMIT, whole=whole, doctype=True)
 
 
 def _remove(element: etree._Element) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import libvirt
 from lxml import etree
 
-from snapd_vm.errors import StorageFailed
+from snapd_vm.errors import HypervisorUnavailable, InvalidXML, StorageFailed
 from snapd_vm.model import NAMESPACE, Domain
 from snapd_vm.virt import blockcommit, domainxml, mend, methodxml, secrets, users
 from snapd_vm.virt.agent import Agent
@@ -291,7 +291,9 @@ def _definitions(connection: libvirt.virConnect) -> list[Domain]:
 
 
 def read_domain(domain: libvirt.virDomain) -> Domain:
-    """A Domain from a libvirt domain. Raises libvirt.libvirtError, as when it is gone."""
+    """A Domain from a libvirt domain. Raises libvirt.libvirtError, as when it is gone, and
+    HypervisorUnavailable where what libvirt says can't be read.
+    """
     state, reason = domain.state()
     persistent = bool(domain.isPersistent())
     live = domain.XMLDesc()
@@ -349,11 +351,14 @@ def _described(
         kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}
         return (kinds[kind], path) if kind in kinds else None
 
-    return domainxml.parse_domain(
-        live,
-        inactive,
-        id=number,
-        state=state,
-        persistent=persistent,
-        resolve_volume=resolve_volume,
-    )
+    try:
+        return domainxml.parse_domain(
+            live,
+            inactive,
+            id=number,
+            state=state,
+            persistent=persistent,
+            resolve_volume=resolve_volume,
+        )
+    except InvalidXML as error:  # it is not the caller's
+        raise HypervisorUnavailable(f"A domain's definition can't be read: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import libvirt
 
-from snapd_vm.errors import HypervisorUnavailable, NoSuchDomain, SnapdError
+from snapd_vm.errors import NOT_CONNECTED, HypervisorUnavailable, NoSuchDomain, SnapdError
 from snapd_vm.model import Domain
 from snapd_vm.virt.connection import ConnectionPool, open_connection, snapd_error, start_event_loop
 from snapd_vm.virt.hypervisor import read_domain
@@ -37,7 +37,7 @@ class InventoryListener(Protocol):
     def domain_changed(self, old: Domain, new: Domain) -> None: ...
     def domain_removed(self, domain: Domain) -> None: ...
     def domain_resumed(self, uuid: str) -> None: ...
-    def domain_stopped(self, uuid: str, clean: bool) -> None: ...
+    def domain_stopped(self, uuid: str, clean: bool, ended: bool) -> None: ...
     def connection_changed(self, connected: bool) -> None: ...
 
 
@@ -63,6 +63,7 @@ class Inventory:
         self._first_try = asyncio.Event()
         self._opening: asyncio.Future[libvirt.virConnect] | None = None
         self._early: set[str] | None = None  # domains with events while all are being read
+        self._ended: set[str] = set()  # domains whose guests were not what ended them
 
     async def start(self) -> None:
         """Connect and go on keeping connected; returns after the first try, whatever it gave."""
@@ -84,7 +85,7 @@ class Inventory:
         """Read a domain again now, tell of what changed, and return it. Raises NoSuchDomain."""
         connection = self._connection
         if connection is None:
-            raise HypervisorUnavailable("libvirt is not connected; try again when it is back.")
+            raise HypervisorUnavailable(NOT_CONNECTED)
         try:
             new: Domain = await self._run(_read, connection, uuid)
         except libvirt.libvirtError as error:
@@ -230,12 +231,22 @@ class Inventory:
     def _on_lifecycle(self, uuid: str, event: int, detail: int) -> None:
         if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
             self._out.domain_resumed(uuid)
+        elif event == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN:
+            # QEMU ends by a signal, or because somebody asks its monitor for it. To libvirt the
+            # domain was shut down all the same; its guest knows nothing of it.
+            if detail == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST:
+                self._ended.add(uuid)
+        elif event == libvirt.VIR_DOMAIN_EVENT_STARTED:
+            self._ended.discard(uuid)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             if detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED:
                 log.info("domain %s was migrated away", uuid)
             # Saved and migrated are no more a shut down than destroyed or crashed: the file
             # systems were in use.
-            self._out.domain_stopped(uuid, detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
+            ended = uuid in self._ended
+            self._ended.discard(uuid)
+            clean = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN and not ended
+            self._out.domain_stopped(uuid, clean, ended)
         self._reread(uuid)
 
     def _reread(self, uuid: str) -> None:
@@ -295,6 +306,8 @@ def _read_all(connection: libvirt.virConnect) -> list[Domain]:
             found.append(read_domain(domain))
         except libvirt.libvirtError as error:  # gone between the two calls
             log.debug("domain %s was not read: %s", domain.name(), error)
+        except SnapdError as error:  # which keeps nobody from the others
+            log.warning("domain %s is not served: %s", domain.name(), error)
     return found
 
 

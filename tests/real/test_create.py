@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Literal
 
+import libvirt
+import psutil
 import pytest
 from lxml import etree
 
@@ -161,6 +163,32 @@ async def test_a_destroyed_domain_is_not_offline(api: Api, lab: Lab) -> None:
     await asyncio.sleep(1)
     created = await api.create(guest)
     assert created.ours("consistency") == "crash"
+    guest.remove()
+
+
+async def test_a_domain_whose_qemu_was_ended_is_not_offline(api: Api, lab: Lab) -> None:
+    """libvirt calls it shut down, as where its guest has done that; the guest knows nothing."""
+    guest = lab.guest()
+    for restart in (False, True):
+        running = psutil.process_iter(["cmdline"])
+        (qemu,) = [one for one in running if guest.uuid in (one.info["cmdline"] or ())]
+        qemu.terminate()
+        guest.wait_state("shutoff")
+        assert guest.domain.state() == [
+            libvirt.VIR_DOMAIN_SHUTOFF,
+            libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
+        ]
+        if restart:
+            lab.libvirtd.restart()
+            await asyncio.sleep(1)
+        with pytest.raises(ApiError) as error:
+            await api.create(guest, flags=QUIESCE_REQUIRED)
+        assert error.value.name == "QuiesceFailed"
+        assert (await api.create(guest)).ours("consistency") == "crash"
+        guest.control.close()
+        guest.start()
+    guest.poweroff()
+    assert (await api.create(guest, flags=QUIESCE_REQUIRED)).ours("consistency") == "offline"
     guest.remove()
 
 

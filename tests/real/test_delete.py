@@ -113,8 +113,16 @@ async def test_raw_bases_too(api: Api, lab: Lab) -> None:
     guest = lab.guest([DiskSpec(format="raw")])
     first = active_file(guest)
     chain = await chain_of(api, guest, 2)
+    await api.client.listen()
     for created in chain:
         await delete(api, created)
+    # The second one's source was an overlay, and is then the image.
+    formats = [
+        (signal.path, signal.body[1]["Format"].value)
+        for signal in api.client.signals
+        if signal.member == "PropertiesChanged" and "Format" in signal.body[1]
+    ]
+    assert formats == [(chain[1].snapshot, "raw")]
     assert active_file(guest) == first
     driver = etree.fromstring(guest.domain.XMLDesc(2)).find("devices/disk/driver")
     assert driver is not None

@@ -7,6 +7,7 @@ import hashlib
 import time
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from snapd_vm.engine.journal import Step
@@ -16,7 +17,7 @@ from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.real import images
-from tests.real.api import MANAGER, QUIESCE_REQUIRED, VDA, Api, ApiError
+from tests.real.api import MANAGER, QUIESCE_REQUIRED, SNAPSHOT, VDA, Api, ApiError
 from tests.real.conftest import Connect
 from tests.real.test_crash import FAULTY, active_file, agrees, faulty, files_of
 
@@ -43,6 +44,9 @@ async def test_it_reconnects_by_itself_and_says_so(daemon: Lab, api: Api, guest:
     with pytest.raises(ApiError) as error:
         await api.create(guest)
     assert error.value.name == "HypervisorUnavailable"
+    with pytest.raises(ApiError) as error:  # who can tell that there is none?
+        await api.call(ROOT_PATH, MANAGER, "FindDomain", "s", "nobody")
+    assert error.value.name == "HypervisorUnavailable"
     await asyncio.to_thread(daemon.libvirtd.start)
     await until_connected(api, True)
     await asyncio.to_thread(guest.wait_agent)  # libvirt opens its channel after it has our call
@@ -53,6 +57,26 @@ async def test_it_reconnects_by_itself_and_says_so(daemon: Lab, api: Api, guest:
         if signal.member == "PropertiesChanged" and signal.path == ROOT_PATH
     ]
     assert told == [False, True]
+
+
+async def test_what_somebody_writes_into_a_domains_metadata(
+    daemon: Lab, connect: Connect, lab: Lab, guest: Guest
+) -> None:
+    """libvirt keeps comments and CDATA there, with whatever they hold."""
+    odd = lab.guest(start=False)
+    note = "<note><!-- <!DOCTYPE x [<!ENTITY y 'z'>]> --><![CDATA[<!DOCTYPE x>]]></note>"
+    kind, config = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    odd.domain.setMetadata(kind, note, "test", "urn:test", config)
+    assert "<!DOCTYPE x>" in odd.domain.XMLDesc()
+    daemon.daemon.stop()
+    daemon.daemon.start({}, argv=None)
+    api = await connect()
+    assert await is_connected(api)
+    for one in (guest, odd):
+        created = await api.create(one)
+        await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+    assert "<!DOCTYPE x>" in odd.domain.XMLDesc(), "it was redefined as it was"
+    odd.remove()
 
 
 @pytest.mark.parametrize("step", [Step.PREPARED, Step.ARMED, Step.FROZEN, Step.SWITCHED])

@@ -25,7 +25,7 @@ from tests.lab.deadline import wait_until
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
-from tests.real.api import SNAPSHOT, Api, Created
+from tests.real.api import DOMAIN, SNAPSHOT, VDA, Api, Created, path_of
 from tests.real.conftest import Connect
 from tests.real.other_driver import taken_by
 from tests.real.places import CONFIG, Places, image, refused, unchanged, with_image
@@ -320,6 +320,12 @@ async def test_a_folder_that_others_can_write(
     error = await unchanged(api, guest, "MethodNotSupported", method_xml=REFLINK)
     assert str(opened) in error.text
     assert sorted(os.listdir(path.parent)) == [path.name]
+    # Who asks beforehand is told the same, and a method that never could is not stored.
+    (row,) = await api.disks(guest)
+    assert row["method"] == ""
+    assert str(opened) in row["reason"]
+    call = api.call(path_of(guest), DOMAIN, "SetMethod", "ss", VDA, REFLINK)
+    assert str(opened) in (await refused(call, "MethodNotSupported")).text
 
 
 async def test_an_image_that_somebody_else_writes_to(

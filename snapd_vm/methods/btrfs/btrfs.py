@@ -21,7 +21,7 @@ from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed
 from snapd_vm.methods import chain, clone, cloneback, taken
 from snapd_vm.methods.btrfs import snapshotfolder, subvolume, subvolumeclaim
 from snapd_vm.methods.btrfs.subvolumetarget import SubvolumeTarget
-from snapd_vm.methods.folder import low_space, open_folder, refuse_reader
+from snapd_vm.methods.folder import check_links, low_space, open_folder, refuse_reader
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
 from snapd_vm.model import Disk, Domain, Json, MethodRequest, Needs, Tag, Target
 
@@ -77,8 +77,15 @@ class Btrfs:
         one = SubvolumeTarget.of(target)
         return storage.virtual_size(one.image, one.format)
 
+    def check_way(self, target: Target) -> None:
+        """See Ways."""
+        one = SubvolumeTarget.of(target)
+        check_links(self._hypervisor, one.declared, one.image)
+
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
+        for target in targets:
+            self.check_way(target)
         return subvolumeclaim.check(self._hypervisor, [SubvolumeTarget.of(one) for one in targets])
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:

@@ -19,7 +19,7 @@ from snapd_vm.methods import chain, clone, taken
 from snapd_vm.methods.btrfs import snapshotfolder, subvolume
 from snapd_vm.methods.btrfs.subvolume import Subvolume
 from snapd_vm.methods.btrfs.subvolumetarget import SubvolumeTarget
-from snapd_vm.methods.folder import Hypervisor, check_links, open_folder
+from snapd_vm.methods.folder import Hypervisor, open_folder
 from snapd_vm.methods.method import Stored
 from snapd_vm.model import Disk, Domain, Needs, Tag, Target
 from snapd_vm.storage import FileId
@@ -77,7 +77,6 @@ def check(hypervisor: Hypervisor, disks: Sequence[SubvolumeTarget]) -> Needs:
     subvolume.load()
     available, warnings = list[int](), list[str]()
     for one in disks:
-        check_links(hypervisor, one.declared, one.image)
         there = snapshotfolder.check(one.place)
         if os.path.lexists(os.path.join(one.place, one.folder)):
             raise NameInUse(f"There is {one.place}/{one.folder} already; move it away.")

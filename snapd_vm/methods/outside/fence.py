@@ -27,6 +27,7 @@ from snapd_vm.methods.method import (
     Stored,
     Warns,
     Watch,
+    Ways,
 )
 from snapd_vm.model import Disk, Domain, MethodRequest, Needs, Tag, Target
 
@@ -40,6 +41,7 @@ _CHECKED: Mapping[type, Sequence[str]] = {
     Forgets: ("forget_revert",),
     Lists: ("stored",),
     Warns: ("warnings",),
+    Ways: ("check_way",),
     Reverts: (*("check_revert", "prepare_revert", "revert", "settle_revert", "reverted", "among"),),
 }
 """The members of the optional protocols; the fence has those that the method has."""

@@ -157,6 +157,11 @@ class Qemu:
             return storage.virtual_size(found.origin, found.origin_format)
         return self._hypervisor.capacity(str(target.data["domain"]), target.disk)
 
+    def check_way(self, target: Target) -> None:
+        """See Ways."""
+        with open_folder(self._hypervisor, os.path.dirname(Layer.of(target).path)):
+            pass
+
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
         overlays = [Layer.of(target).path for target in targets]

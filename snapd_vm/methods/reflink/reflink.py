@@ -97,12 +97,17 @@ class Reflink:
         copy = CloneTarget.of(target)
         return storage.virtual_size(copy.image, copy.format)
 
+    def check_way(self, target: Target) -> None:
+        """See Ways."""
+        copy = CloneTarget.of(target)
+        check_links(self._hypervisor, copy.declared, copy.image)
+
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method. Cloning is tried on a file that never has a name."""
         available, warnings = 0, list[str]()
         for target in targets:
             copy = CloneTarget.of(target)
-            check_links(self._hypervisor, copy.declared, copy.image)
+            self.check_way(target)
             with open_folder(self._hypervisor, copy.folder) as folder:
                 if overlay.exists(folder, copy.name):
                     raise NameInUse(f"There is a file {copy.path} already; move it away.")
