@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 from snapd_vm import command
 from snapd_vm.command import Result
 from snapd_vm.config import LvmConfig
-from snapd_vm.errors import Busy, NameInUse, NoSpace, StorageFailed
+from snapd_vm.errors import Busy, InvalidState, NameInUse, NoSpace, StorageFailed
 from snapd_vm.methods import folder
 from snapd_vm.methods.lvm import devicemapper, lvmrevert, lvmsizes, lvmtags, lvmvolumes
 from snapd_vm.methods.lvm.lvmvolumes import GroupAbsent, Lv
-from snapd_vm.model import Tag
+from snapd_vm.model import Domain, Tag
 
 MIB = 1 << 20
 EXTENT = 4 * MIB
@@ -38,6 +39,7 @@ ROW = {
     "data_percent": "12.50",
     "metadata_percent": "",
     "lv_device_open": "",
+    "vg_partial": "",
 }
 NAMES = st.from_regex(r"[A-Za-z0-9_+.][A-Za-z0-9_+.-]{0,20}", fullmatch=True)
 
@@ -288,3 +290,47 @@ def test_a_group_that_is_away_is_told_from_what_else_fails(
     with pytest.raises(StorageFailed) as error:
         lvmvolumes.report("vg")
     assert type(error.value) is kind
+
+
+# -- what is wrong with a group or pool ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("letter", "error"), [("F", StorageFailed), ("M", StorageFailed), ("D", NoSpace)]
+)
+def test_a_pool_that_can_take_none_is_told_before_the_freeze(
+    letter: str, error: type[Exception]
+) -> None:
+    pool = lv(lv_name="pool", lv_attr=f"twi-aotz{letter}-", lv_layout="thin,pool", data_percent="")
+    with pytest.raises(error, match="The thin pool vg/pool of disk vda") as raised:
+        lvmsizes.thin("vda", lv(lv_attr="Vwi-a-tz--"), pool)
+    assert type(raised.value) is error
+
+
+def test_a_group_that_lacks_disks_is_told_before_the_freeze() -> None:
+    lvmsizes.refuse_partial(lv())
+    with pytest.raises(StorageFailed, match="lacks some of its physical volumes"):
+        lvmsizes.refuse_partial(lv(vg_partial="partial"))
+
+
+def test_a_domain_that_is_started_as_the_last_of_a_revert_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not told as reverted: what was written under the guest is written again."""
+    (tmp_path / "snap").write_bytes(b"s" * (1 << 20))
+    (tmp_path / "disk").write_bytes(b"d" * (1 << 20))
+    tags = list[str]()
+    monkeypatch.setattr(
+        lvmvolumes, "retag", lambda *_, add="", remove="": tags.extend(filter(None, (add, remove)))
+    )
+    paths = {"device": tmp_path / "snap", "origin": tmp_path / "disk"}
+
+    class Started:
+        def read(self, uuid: str) -> Domain:
+            return Domain(uuid, "web", 3, "running", "qemu", True, ())
+
+    one = SimpleNamespace(**paths, snapshot="s", vg="vg", lv="lv", domain="uuid", name="n")
+    revert = lvmrevert.VolumeRevert(Started())  # type: ignore[arg-type]
+    with pytest.raises(InvalidState, match="was started"):
+        revert._copy(one, None)  # type: ignore[arg-type]
+    assert tags == [lvmtags.reverting("s")]

@@ -141,6 +141,24 @@ def test_an_error_is_one_of_ours(programs: Programs, said: str, error: type[Snap
     assert str(raised.value).endswith(".")
 
 
+@pytest.mark.parametrize(
+    "name", ["tank/suspended", "suspended", "tank/out of space", "tank/is busy"]
+)
+def test_how_a_dataset_is_called_says_nothing(programs: Programs, name: str) -> None:
+    full = f"{name}@x"
+    said = f"cannot hold snapshot '{full}': tag already exists on this dataset"
+    programs.answer = CommandError("zfs failed: " + said, said)
+    zfsdataset.hold(full)  # it is held already
+    said = f"cannot rollback '{full}': who knows"
+    programs.answer = CommandError("zfs failed: " + said, said)
+    with pytest.raises(StorageFailed, match="who knows"):
+        zfsdataset.roll_back(full)
+    said = f"cannot destroy snapshot {full}: dataset is busy"
+    programs.answer = CommandError("zfs failed: " + said, said)
+    with pytest.raises(Busy):
+        zfsdataset.destroy(full)
+
+
 def test_what_is_not_there_is_gone_already(programs: Programs) -> None:
     said = "could not find any snapshots to destroy; check snapshot names."
     programs.answer = CommandError(said, said)

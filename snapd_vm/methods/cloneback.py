@@ -226,11 +226,21 @@ def switch(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag, watch
 
 
 def settle(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag) -> bool:
-    """See Reverts.settle_revert. What has the image's name decides."""
+    """See Reverts.settle_revert. What has the image's name decides.
+
+    Raises StorageFailed where nothing of it is there: its file system may not be mounted.
+    """
     plan = _Plan.of(target)
     image, kept = os.path.basename(copy.image), _kept(tag)
     with open_folder(hypervisor, copy.folder) as folder:
-        done = plan.made is not None and _is(folder, image, plan.made)
+        if plan.made is None:  # no file has got a name
+            return False
+        if not overlay.exists(folder, image):
+            if _is(folder, kept, plan.discarded):  # somebody took away what had its name
+                _rename(folder, kept, image)
+            elif not _is(folder, _draft(tag), plan.made) and _known(hypervisor, copy.domain):
+                raise StorageFailed(f"The image {copy.image} is not there; mount its file system.")
+        done = _is(folder, image, plan.made)
         if (
             done
             and _is(folder, kept, plan.discarded)
@@ -241,9 +251,16 @@ def settle(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag) -> bo
             log.warning("domain %s runs on what was to be discarded, and keeps it", copy.domain)
             _rename(folder, kept, image)
             return False
-        if plan.made is not None:
-            _remove(folder, _draft(tag), plan.made)
-        _remove(folder, kept, plan.discarded)
+        _remove(folder, _draft(tag), plan.made)
+        if done or _is(folder, image, plan.discarded):
+            _remove(folder, kept, plan.discarded)
+        elif _is(folder, kept, plan.discarded):
+            log.error(
+                "%s is neither what the disk was nor what it was to be; what it was is %s/%s",
+                copy.image,
+                copy.folder,
+                kept,
+            )
     return done
 
 
@@ -251,6 +268,14 @@ def _is(folder: int, name: str, image: Image) -> bool:
     """Whether the file of that name is the image; its folder's device may have a new number."""
     found = overlay.identity(folder, name)
     return found is not None and found.inode == image.file.inode
+
+
+def _known(hypervisor: Hypervisor, uuid: str) -> bool:
+    try:
+        hypervisor.read(uuid)
+    except NoSuchDomain:
+        return False
+    return True
 
 
 def _runs(hypervisor: Hypervisor, uuid: str) -> bool:

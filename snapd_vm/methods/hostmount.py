@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ SAFE = "ro,nosuid,nodev,noexec"
 """The options of whatever is mounted for others to read: its contents are a guest's."""
 
 _LIMIT_S = 60.0
+_BUSY = re.compile(r"(?:target is|mount point|[Dd]evice or resource) busy")
+"""umount(8) and mount(8) on EBUSY, whatever is mounted is called."""
 _SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 
 
@@ -38,7 +41,14 @@ def run(argv: Sequence[str], what: str) -> None:
     Raises Busy, TimedOut and StorageFailed, which begin with `what`, a clause.
     """
     if not mounts.in_host():
-        options = ("--quiet", "--wait", "--pipe", "--collect", "--no-ask-password")
+        options = (
+            "--quiet",
+            "--wait",
+            "--pipe",
+            "--collect",
+            "--no-ask-password",
+            "--setenv=LC_ALL=C",
+        )
         argv = ["systemd-run", *options, "--", *argv]
     attempt(argv, what)
 
@@ -50,7 +60,7 @@ def attempt(argv: Sequence[str], what: str) -> None:
     except command.CommandTimedOut as error:
         raise TimedOut(f"{what}: {error}.") from error
     except command.CommandError as error:
-        if "busy" in f"{error} {error.stderr}":
+        if _BUSY.search(error.stderr):
             raise Busy(f"{what}, as somebody uses it; wait for the end of that.") from error
         raise StorageFailed(f"{what}: {error}.") from error
 

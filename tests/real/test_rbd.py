@@ -54,6 +54,13 @@ def own(lab: Lab, ceph: Ceph) -> Iterator[Guest]:
     running.remove()
 
 
+class Unasked:
+    """Secrets, of which none is needed: the ceph.conf names a keyring."""
+
+    def secret(self, uuid: str, usage: str) -> str:
+        raise AssertionError(uuid + usage)
+
+
 def snaps(ceph: Ceph, image: str) -> dict[str, bool]:
     """The snapshots of an image in the pool, and whether they are protected."""
     found = json.loads(ceph.rbd("snap", "ls", f"vm/{image}", "--format=json"))

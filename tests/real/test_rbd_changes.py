@@ -6,13 +6,16 @@ The domains are off but for one: Ceph does the same for them, and they need no b
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from snapd_vm.engine.journal import RevertStep
+from snapd_vm.engine.journal import RevertStep, Step
+from snapd_vm.methods.rbd import cluster
+from snapd_vm.methods.rbd.rbdtarget import Access, Place
 from tests.lab.ceph import Ceph
 from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
@@ -24,7 +27,7 @@ from tests.real.api import SNAPSHOT, VDA, Api, ApiError, Created
 from tests.real.conftest import Connect
 from tests.real.places import Places, refused
 from tests.real.test_crash import FAULTY, faulty
-from tests.real.test_rbd import ceph, delete, metadata, name_of, snaps
+from tests.real.test_rbd import Unasked, ceph, delete, metadata, name_of, snaps
 from tests.real.test_revert import places, revert
 
 __all__ = ["ceph", "faulty", "places"]
@@ -303,3 +306,50 @@ async def test_they_are_found_again_with_the_database_lost(
     run("sh", "-c", f"export CEPH_CONF={ceph.conf}; {words}")
     assert not snaps(ceph, image_name())
     assert not metadata(ceph, image_name())
+
+
+# -- a Create that was cut off ---------------------------------------------------------------------
+
+
+async def test_the_image_goes_while_the_daemon_is_away(
+    connect: Connect, faulty: Lab, ceph: Ceph, places: Places
+) -> None:
+    """There is nothing left to undo, and the domain's other disk is free."""
+    guest = places.guest(ceph.disk(image_name(new=True), size_mib=16), DiskSpec())
+    faulty.daemon.start({}, argv=(*FAULTY, "--at", Step.PREPARED, "--do", "kill"))
+    api = await connect()
+    await places.known(api)
+    with pytest.raises(ApiError):
+        await api.create(guest)
+    name = f"vm/{image_name()}"
+    ceph.rbd("mv", name, f"{name}-away")
+    faulty.daemon.start({}, argv=DAEMON)
+    api = await connect()
+    created = await api.create(guest, "<disk><target dev='vdb'/></disk>")
+    await delete(api, created)
+    assert "nothing is left of it" in faulty.daemon.log
+    ceph.rbd("mv", f"{name}-away", name)
+    assert not snaps(ceph, image_name())
+    await delete(api, await api.create(guest))
+
+
+def test_an_image_that_is_open_for_a_snapshot_is_not_given_up(
+    ceph: Ceph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While other disks of the set are made ready, which takes what writing them out takes."""
+    monkeypatch.setattr(cluster, "_TALK", "rbdworker; rbdworker.IDLE_S = 0.3; rbdworker.main()")
+    (tmp_path / "raw").write_bytes(b"x" * (1 << 20))
+    ceph.image("armed", tmp_path / "raw")
+    place = Place(Access("", "", "", str(ceph.conf), ()), "vm", "", "armed")
+    clusters = cluster.Clusters(Unasked())
+    with clusters.session(place.access) as session:
+        session.ask("arm", image=place.words)
+        time.sleep(1)
+        session.ask("create", name="late")
+        assert list(snaps(ceph, "armed")) == ["late"]
+        session.ask("disarm")
+        time.sleep(1)
+        with pytest.raises(cluster.Lost):  # idle, it ends by itself
+            session.ask("space", pool="vm")
+    ceph.rbd("snap", "purge", "vm/armed")
+    ceph.rbd("rm", "vm/armed")

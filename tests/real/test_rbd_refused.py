@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 from lxml import etree
 
+from snapd_vm.methods.rbd import rbdworker
+from snapd_vm.methods.rbd.cluster import Clusters
+from snapd_vm.methods.rbd.rbdtarget import Access, Place
 from tests.lab.ceph import Ceph
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -24,7 +28,7 @@ from tests.lab.program import run
 from tests.real.api import SNAPSHOT, VDA, Api, ApiError
 from tests.real.conftest import Connect
 from tests.real.places import Places, refused, unchanged
-from tests.real.test_rbd import ceph, delete, name_of, snaps
+from tests.real.test_rbd import Unasked, ceph, delete, name_of, snaps
 from tests.real.test_revert import places
 
 __all__ = ["ceph", "places"]
@@ -213,6 +217,48 @@ async def test_a_cluster_that_is_full(api: Api, ceph: Ceph, places: Places) -> N
     finally:
         ceph.fill(False)
     await delete(api, await api.create(guest))
+
+
+async def test_an_image_whose_data_are_in_another_pool(
+    api: Api, ceph: Ceph, places: Places, tmp_path: Path
+) -> None:
+    ceph.pool("data")
+    rights = ("mon", "profile rbd", "osd", "profile rbd pool=vm, profile rbd pool=data")
+    ceph.ceph("auth", "caps", f"client.{ceph.user}", *rights)
+    guest = places.guest(ceph.disk("split", "raw", "--data-pool", "data", size_mib=16))
+    await places.known(api)
+    made = await api.create(guest)
+    pools = json.loads(ceph.ceph("osd", "lspools", "--format=json"))
+    numbers = {one["poolname"]: one["poolnum"] for one in pools}
+    place = Place(Access("", "", "", str(ceph.conf), ()), "vm", "", "split")
+    with Clusters(Unasked()).session(place.access) as session:
+        info = session.ask("info", image=place.words)
+        assert info["data_pool"] == numbers["data"]
+        assert not session.ask("space", pool="vm", data_pool=numbers["data"])["full"]
+    assert ceph.read(f"split@{name_of(made)}", tmp_path / "read").stat().st_size == 16 << 20
+    await delete(api, made)
+
+
+@pytest.mark.parametrize("full", ["vm", "data", "", "other"])
+def test_either_pool_that_is_full_takes_no_writes(full: str) -> None:
+    """From what the monitors say: no pool of a cluster with one disk is full alone."""
+    names = {"vm": 3, "data": 7, "other": 9}
+
+    class Said:
+        def command(self, **words: str) -> Any:
+            if words["prefix"] == "df":
+                stats = {name: {"max_avail": number << 30} for name, number in names.items()}
+                return {"pools": [{"id": names[name], "stats": stats[name]} for name in names]}
+            flags = {name: "hashpspool" + ",full" * (name == full) for name in names}
+            rows = [{"pool_name": n, "pool": names[n], "flags_names": flags[n]} for n in names]
+            return {"pools": rows, "flags_set": []}
+
+    session = rbdworker.Session(Said(), lambda _: None)  # type: ignore[arg-type]
+    space = session.space("vm", names["data"])
+    assert space["full"] == (full in ("vm", "data"))
+    assert space["available"] == 7 << 30
+    assert session.space("vm")["available"] == 3 << 30
+    assert session.space("vm")["full"] == (full == "vm")
 
 
 async def test_an_image_in_a_namespace(api: Api, ceph: Ceph, places: Places) -> None:

@@ -109,16 +109,20 @@ class Lvm:
         one = LvmTarget.of(target)
         return storage.virtual_size(one.image or one.origin, one.format)
 
+    def check_way(self, target: Target) -> None:
+        """See Ways."""
+        one = LvmTarget.of(target)
+        check_links(self._hypervisor, one.declared, one.image or os.path.realpath(one.origin))
+
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
         for target in targets:
             one = LvmTarget.of(target)
             if one.image:
                 lvmmount.check()
-            image = one.image or os.path.realpath(one.origin)
-            check_links(self._hypervisor, one.declared, image)
+            self.check_way(target)
             if not one.active:
-                taken.check_unwritten(image)
+                taken.check_unwritten(one.image or os.path.realpath(one.origin))
         rooms = self._rooms(targets)
         return Needs(
             sum(room.needed for room in rooms),
@@ -138,6 +142,7 @@ class Lvm:
                 raise StorageFailed(f"The volume {one.origin} was renamed or replaced; try again.")
             if any(lv.name == one.name for lv in lvs):
                 raise NameInUse(f"There is a volume {one.vg}/{one.name} already; rename it.")
+            lvmsizes.refuse_partial(origin)
             if one.thin:
                 pool = next((lv for lv in lvs if lv.name == origin.pool), None)
                 if pool is None:

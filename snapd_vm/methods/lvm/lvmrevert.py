@@ -216,6 +216,15 @@ class VolumeRevert:
         except NoSuchDomain:
             return None
 
+    def _refuse_started(self, one: LvmTarget) -> None:
+        """Raise InvalidState where the domain was started meanwhile; no lock keeps it from that."""
+        domain = self._domain(one)
+        if domain is not None and domain.active:
+            raise InvalidState(
+                f"Domain {domain.name} was started on a disk that is half reverted; shut it off, "
+                "and the revert goes on."
+            )
+
     def _copy(self, one: LvmTarget, watch: Watch | None, *, begun: bool = False) -> None:
         tag = lvmtags.reverting(one.snapshot)
         source, origin = _open(one.device, os.O_RDONLY), -1
@@ -228,12 +237,7 @@ class VolumeRevert:
                     looked = at
                     if watch is not None:
                         watch.progress(at, size)
-                    domain = self._domain(one)
-                    if domain is not None and domain.active:
-                        raise InvalidState(
-                            f"Domain {domain.name} was started on a disk that is half reverted; "
-                            "shut it off, and the revert goes on."
-                        )
+                    self._refuse_started(one)
                 for place, data in differing(source, origin, at):
                     if not begun:
                         lvmvolumes.retag(one.vg, one.lv, add=tag)
@@ -248,6 +252,8 @@ class VolumeRevert:
             for fd in (source, origin):
                 if fd != -1:
                     os.close(fd)
+        if begun:  # the last of it may have been written under a guest, which is to be done again
+            self._refuse_started(one)
         lvmvolumes.retag(one.vg, one.lv, add=lvmtags.reverted(one.snapshot), remove=tag)
         log.info("wrote %d bytes of %s to %s", written, one.name, one.origin)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from snapd_vm.config import LvmConfig
-from snapd_vm.errors import NoSpace
+from snapd_vm.errors import NoSpace, StorageFailed
 from snapd_vm.methods.lvm.lvmvolumes import Lv
 
 POOL_RESERVE = 16 << 20
@@ -42,6 +42,15 @@ def whole(origin: Lv) -> int:
     """What a thick snapshot takes that can't overflow, in bytes."""
     chunks = -(-origin.size // _CHUNK)
     return _extents((chunks + -(-chunks // _EXCEPTIONS) + 2) * _CHUNK, origin.extent)
+
+
+def refuse_partial(origin: Lv) -> None:
+    """Raise StorageFailed where lvm changes nothing in the group, as some of its disks are away."""
+    if origin.vg_partial:
+        raise StorageFailed(
+            f"The volume group {origin.vg} lacks some of its physical volumes, and lvm makes no "
+            "snapshot in it then; see 'pvs'."
+        )
 
 
 def thick(disk: str, origin: Lv, size: int) -> Room:
@@ -85,7 +94,11 @@ def check_group(vg: str, rooms: Sequence[Room]) -> None:
 
 
 def thin(disk: str, origin: Lv, pool: Lv) -> Room:
-    """Of one thin snapshot. Raises NoSpace."""
+    """Of one thin snapshot. Raises NoSpace, and StorageFailed where the pool can't take one."""
+    if pool.ailing:
+        raise (NoSpace if pool.attr[8] == "D" else StorageFailed)(
+            f"The thin pool {pool.vg}/{pool.name} of disk {disk} {pool.ailing}; see 'lvs -a'."
+        )
     free = int(pool.size * (100 - (pool.data_percent or 0.0)) / 100)
     metadata = int(pool.metadata_size * (100 - (pool.metadata_percent or 0.0)) / 100)
     if free < POOL_RESERVE:

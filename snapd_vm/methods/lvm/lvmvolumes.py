@@ -28,7 +28,8 @@ _CONFIG = (
 )
 _COLUMNS = (
     "vg_name,vg_uuid,vg_free,vg_extent_size,lv_name,lv_uuid,lv_attr,lv_layout,lv_size,"
-    "lv_metadata_size,lv_tags,origin,pool_lv,data_percent,metadata_percent,lv_device_open"
+    "lv_metadata_size,lv_tags,origin,pool_lv,data_percent,metadata_percent,lv_device_open,"
+    "vg_partial"
 )
 _NAME = re.compile(r"[A-Za-z0-9_+.][A-Za-z0-9_+.-]*")
 _TAG = re.compile(r"[A-Za-z0-9_+./=!:#&-]+")
@@ -59,6 +60,7 @@ class Lv:
     data_percent: float | None
     metadata_percent: float | None
     opened: bool
+    vg_partial: bool
 
     @property
     def active(self) -> bool:
@@ -69,6 +71,13 @@ class Lv:
     def overflowed(self) -> bool:
         """Whether a thick snapshot has had no room any more, and is lost."""
         return self.attr[4] in "IS"
+
+    @property
+    def ailing(self) -> str:
+        """What is wrong with a thin pool, in words, or ''; the letters are those of lvs(8)."""
+        return {"F": "has failed", "M": "is read-only, and needs a repair", "D": "is full"}.get(
+            self.attr[8], ""
+        )
 
     @property
     def writable(self) -> bool:
@@ -146,6 +155,7 @@ def _lv(row: object) -> Lv | None:
             data_percent=_percent(row["data_percent"]),
             metadata_percent=_percent(row["metadata_percent"]),
             opened=row["lv_device_open"] == "open",
+            vg_partial=bool(row["vg_partial"]),
         )
     except (KeyError, ValueError):
         return None

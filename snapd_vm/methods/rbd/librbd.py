@@ -175,6 +175,12 @@ class Image:
         _check(self._rbd.rbd_get_id(self._image, found, c_size_t(len(found))))
         return _text(found.value)
 
+    @property
+    def data_pool(self) -> int:
+        """The number of the pool that its data are in, -1 where that is the image's own."""
+        self._rbd.rbd_get_data_pool_id.restype = c_int64
+        return int(self._rbd.rbd_get_data_pool_id(self._image))
+
     def read(self, length: int) -> bytes:
         """Its beginning."""
         buffer = ctypes.create_string_buffer(length)

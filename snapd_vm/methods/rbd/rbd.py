@@ -131,7 +131,7 @@ class Rbd:
                 if found.name in info["snaps"]:
                     raise NameInUse(f"There is a snapshot {found} already; remove it.")
                 _check_alone(session, found, target.disk, MethodNotSupported)
-                space = session.ask("space", pool=found.place.pool)
+                space = session.ask("space", pool=found.place.pool, data_pool=info["data_pool"])
                 available = int(space["available"])
                 if space["full"] or 0 < available < _RESERVE:
                     raise NoSpace(
@@ -160,9 +160,10 @@ class Rbd:
             found = RbdTarget.of(target)
             session = self._clusters.take(found.place.access)
             self._armed[tag.uuid, target.disk] = _Armed(session)
-            identity = str(session.ask("info", image=found.place.words)["id"])
+            info = session.ask("info", image=found.place.words)
             session.ask("arm", image=rbduse.image(self._hypervisor, found))
-            data: dict[str, Json] = {**target.data, "image_id": identity}
+            known: dict[str, Json] = {"image_id": str(info["id"]), "data_pool": info["data_pool"]}
+            data: dict[str, Json] = {**target.data, **known}
             prepared.append(dataclasses.replace(target, data=data))
         record(prepared)
         return prepared
@@ -190,7 +191,10 @@ class Rbd:
         if armed is not None and not armed.made:
             return False
         with self._clusters.session(found.place.access) as session:
-            if armed is None and self._snap(session, found) is None:
+            try:
+                if armed is None and self._snap(session, found) is None:
+                    return False
+            except NotThere:  # the image itself has gone
                 return False
             said = {
                 "name": tag.label,
@@ -298,7 +302,8 @@ class Rbd:
         """See Warns: what the guest overwrites of what it shares with a snapshot needs new room."""
         found = RbdTarget.of(target)
         with self._clusters.session(found.place.access, patient=False) as session:
-            space = session.ask("space", pool=found.place.pool)
+            pool = found.place.pool
+            space = session.ask("space", pool=pool, data_pool=found.data_pool)
         available, total = int(space["available"]), int(space["total"])
         if not space["full"] and available * 100 >= total * self._low_space_percent:
             return {}

@@ -74,7 +74,8 @@ def place_of(source_xml: str) -> Place | None:
 @dataclass(frozen=True, slots=True)
 class RbdTarget:
     """A Target's data. `image_id` is the cluster's own name of the image, '' before it is known,
-    and with it before anything was made.
+    and with it before anything was made; with it comes the number of the pool that the image's data
+    are in, -1 for its own.
     """
 
     snapshot: str
@@ -83,6 +84,7 @@ class RbdTarget:
     source: str
     place: Place
     image_id: str
+    data_pool: int
 
     @classmethod
     def of(cls, target: Target) -> RbdTarget:
@@ -98,6 +100,7 @@ class RbdTarget:
             source=source,
             place=place,
             image_id=str(data.get("image_id") or ""),
+            data_pool=int(str(data.get("data_pool", -1))),
         )
 
     @property

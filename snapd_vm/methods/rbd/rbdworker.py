@@ -69,6 +69,11 @@ class Session:
         self._armed = ExitStack()
         self._image: Image | None = None
 
+    @property
+    def armed(self) -> bool:
+        """Whether an image is open for the next `create` or `rollback`."""
+        return self._image is not None
+
     def _open(
         self, image: Mapping[str, str], *, write: bool = False
     ) -> AbstractContextManager[Image]:
@@ -100,6 +105,7 @@ class Session:
             features = opened.features
             return {
                 "id": opened.id,
+                "data_pool": opened.data_pool,
                 "size": opened.size,
                 "layering": bool(features & FEATURE_LAYERING),
                 "snaps": {snap.name: snap.id for snap in opened.snaps()},
@@ -111,16 +117,22 @@ class Session:
         with self._open(image) as opened:
             return {"data": base64.b64encode(opened.read(length)).decode()}
 
-    def space(self, pool: str) -> _Answer:
-        """Room in bytes, 0 where the cluster keeps no statistics; whether it takes no writes."""
-        found = self._cluster.command(prefix="df")
-        stats: _Answer = next((p["stats"] for p in found["pools"] if p["name"] == pool), {})
-        available = int(stats.get("max_avail", 0))
+    def space(self, pool: str, data_pool: int = -1) -> _Answer:
+        """Room in bytes, 0 where the cluster keeps no statistics; whether it takes no writes.
+
+        `pool` is the image's own, and `data_pool` as info() tells it: its data may be in another.
+        """
         dump = self._cluster.command(prefix="osd dump")
-        flags = next(
-            (p.get("flags_names", "") for p in dump["pools"] if p["pool_name"] == pool), ""
-        )
-        full = {"full", "full_quota"} & {*flags.split(","), *dump.get("flags_set", [])}
+        numbers = {one["pool_name"]: one["pool"] for one in dump["pools"]}
+        holds = numbers.get(pool) if data_pool < 0 else data_pool
+        found = self._cluster.command(prefix="df")
+        stats: _Answer = next((p["stats"] for p in found["pools"] if p["id"] == holds), {})
+        available = int(stats.get("max_avail", 0))
+        flags = set(dump.get("flags_set", []))
+        for one in dump["pools"]:
+            if one["pool"] in (holds, numbers.get(pool)):
+                flags |= set(one.get("flags_names", "").split(","))
+        full = {"full", "full_quota"} & flags
         return {
             "available": available,
             "total": available + int(stats.get("stored", 0)),
@@ -218,7 +230,9 @@ class Session:
         return {}
 
 
-_OPERATIONS = frozenset(name for name in vars(Session) if not name.startswith("_"))
+_OPERATIONS = frozenset(
+    name for name, what in vars(Session).items() if callable(what) and not name.startswith("_")
+)
 
 
 def main() -> None:
@@ -228,8 +242,10 @@ def main() -> None:
     # librados writes to stderr now and then, and what it says there is for nobody.
     session: Session | None = None
     while True:
+        # With an image open for a snapshot it is not idle: the other disks are being made ready.
+        armed = session is not None and session.armed
         try:
-            line = lines.get(timeout=IDLE_S)
+            line = lines.get(timeout=None if armed else IDLE_S)
         except queue.Empty:
             line = ""
         if not line:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from snapd_vm import command, storage
 from snapd_vm.errors import Busy, MethodNotSupported, StorageFailed, TimedOut
 from snapd_vm.methods import chain, taken
-from snapd_vm.methods.folder import low_space
+from snapd_vm.methods.folder import check_links, low_space
 from snapd_vm.methods.method import BASE_IN_USE, Record, Standing, Stored, Watch
 from snapd_vm.methods.recent import JUST_NOW_S, Recent
 from snapd_vm.methods.zfs import zfsclaim, zfsdataset, zfsrevert, zfsstray, zfstags, zfsview
@@ -80,9 +80,16 @@ class Zfs:
         one = ZfsTarget.of(target)
         return storage.virtual_size(one.declared if one.is_volume else one.image, one.format)
 
+    def check_way(self, target: Target) -> None:
+        """See Ways."""
+        one = ZfsTarget.of(target)
+        check_links(self._hypervisor, one.declared, one.image)
+
     def check(self, targets: Sequence[Target], tag: Tag) -> Needs:
         """See Method."""
-        return zfsclaim.check(self._hypervisor, [ZfsTarget.of(one) for one in targets])
+        for target in targets:
+            self.check_way(target)
+        return zfsclaim.check([ZfsTarget.of(one) for one in targets])
 
     def prepare(self, targets: Sequence[Target], tag: Tag, record: Record) -> Sequence[Target]:
         """Nothing is made; what the host has not written yet is written now, and not frozen for."""

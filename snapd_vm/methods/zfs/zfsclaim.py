@@ -16,7 +16,6 @@ from snapd_vm.errors import (
     StorageFailed,
 )
 from snapd_vm.methods import chain, hostmount, taken
-from snapd_vm.methods.folder import Hypervisor, check_links
 from snapd_vm.methods.zfs import zfsdataset, zfsplace
 from snapd_vm.methods.zfs.zfstarget import ZfsTarget
 from snapd_vm.model import Disk, Domain, Json, Needs, Tag, Target
@@ -142,7 +141,7 @@ def same(one: ZfsTarget) -> None:
     raise StorageFailed(f"The image {one.image} was replaced meanwhile; try again.")
 
 
-def check(hypervisor: Hypervisor, disks: Sequence[ZfsTarget]) -> Needs:
+def check(disks: Sequence[ZfsTarget]) -> Needs:
     """See Method.check. Raises NoSpace, Busy, MethodNotSupported and StorageFailed."""
     datasets = list(dict.fromkeys(one.dataset for one in disks))
     rooms = zfsdataset.rooms(datasets)
@@ -160,7 +159,6 @@ def check(hypervisor: Hypervisor, disks: Sequence[ZfsTarget]) -> Needs:
                 "some room first."
             )
     for one in disks:
-        check_links(hypervisor, one.declared, one.image)
         if not one.active:
             taken.check_unwritten(one.image)
     return Needs(

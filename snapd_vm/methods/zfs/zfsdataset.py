@@ -114,7 +114,7 @@ def rooms(datasets: Sequence[str]) -> Mapping[str, Room]:
     text = _run(["zfs", "list", "-H", "-p", "-o", columns, *datasets], datasets)
     return {
         name: Room(*(int(number) if number.isdigit() else 0 for number in numbers))
-        for name, *numbers in (line.split("\t") for line in text.splitlines())
+        for name, *numbers in _rows(text)
     }
 
 
@@ -141,7 +141,7 @@ def look(name: str) -> zfstags.Found | None:
         text = _run(argv, [name])
     except NotThere:
         return None
-    return zfstags.found([line.split("\t") for line in text.splitlines()])
+    return zfstags.found(_rows(text))
 
 
 def listed(datasets: Sequence[str]) -> Mapping[str, zfstags.Found]:
@@ -149,8 +149,7 @@ def listed(datasets: Sequence[str]) -> Mapping[str, zfstags.Found]:
     argv = ["zfs", "get", "-H", "-p", "-t", "snapshot", "-d", "1"]
     argv += ["-o", "name,property,value,source", ",".join(zfstags.PROPERTIES), *datasets]
     rows: dict[str, list[Sequence[str]]] = {}
-    for line in _run(argv, datasets).splitlines():
-        name, *row = line.split("\t")
+    for name, *row in _rows(_run(argv, datasets)):
         rows.setdefault(name, []).append(row)
     found = {name: zfstags.found(some) for name, some in rows.items()}
     return {name: one for name, one in found.items() if one.snapshots}
@@ -161,10 +160,7 @@ def newer(name: str) -> Sequence[str]:
     dataset = name.partition("@")[0]
     argv = ["zfs", "list", "-H", "-p", "-t", "snapshot,bookmark", "-d", "1"]
     argv += ["-s", "createtxg", "-o", "name,createtxg", dataset]
-    ages = {
-        found: int(age)
-        for found, age in (line.split("\t") for line in _run(argv, [name]).splitlines())
-    }
+    ages = {found: int(age) for found, age in _rows(_run(argv, [name]))}
     return [found for found, age in ages.items() if age > ages.get(name, 0)]
 
 
@@ -201,7 +197,7 @@ def release(name: str) -> None:
 
 def other_holds(name: str) -> Sequence[str]:
     """The tags by which others hold the snapshot. Raises SnapdErrors."""
-    rows = [line.split("\t") for line in _run(["zfs", "holds", "-H", name], [name]).splitlines()]
+    rows = _rows(_run(["zfs", "holds", "-H", name], [name]))
     return [row[1] for row in rows if len(row) > 1 and row[1] != HOLD]
 
 
@@ -229,14 +225,14 @@ def clone(name: str, to: str) -> None:
         f"{zfstags.CLONE_OF}={name}",
     ]
     options = [word for one in said for word in ("-o", one)]
-    _run(["zfs", "clone", *options, name, to], [name])
+    _run(["zfs", "clone", *options, name, to], [name, to])
 
 
 def is_clone(name: str, of: str) -> bool:
     """Whether there is a dataset of this name that we have made as a clone of `of`."""
     argv = ["zfs", "get", "-H", "-p", "-o", "value,source", f"origin,{zfstags.CLONE_OF}", name]
     try:
-        rows = [line.split("\t") for line in _run(argv, [name]).splitlines()]
+        rows = _rows(_run(argv, [name]))
     except NotThere:
         return False
     return rows == [[of, "-"], [of, "local"]]
@@ -255,11 +251,20 @@ def _run(argv: Sequence[str], names: Iterable[str], *, mark: str = "") -> str:
     except command.CommandTimedOut as error:
         raise TimedOut(f"ZFS does not answer: {error}; see 'zpool status'.") from error
     except command.CommandError as error:
-        raise _refusal(argv[1], error) from error
+        raise _refusal(argv[1], error, names) from error
 
 
-def _refusal(verb: str, error: command.CommandError) -> SnapdError:
+def _rows(text: str) -> list[list[str]]:
+    """The lines of `zfs … -H`, parted at the tabs."""
+    return [line.split("\t") for line in text.splitlines() if line]
+
+
+def _refusal(verb: str, error: command.CommandError, names: Iterable[str]) -> SnapdError:
     said = error.stderr
+    for name in sorted(names, key=len, reverse=True):  # which may hold any of the words, too
+        said = said.replace(f"'{name}'", "it")
+        if "/" in name or "@" in name:
+            said = said.replace(name, "it")
     if re.search(r"does not exist|could not find any snapshots|no such tag|no such pool", said):
         return NotThere(f"The storage is not there: {error}.")
     for words, kind, sentence in _REFUSALS:

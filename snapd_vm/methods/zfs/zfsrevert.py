@@ -94,8 +94,9 @@ def go_back(hypervisor: Hypervisor, target: Target, tag: Tag, watch: Watch) -> N
     one = ZfsTarget.of(target)
     if one.is_volume:
         watch.past_return()
-        _same_volume(hypervisor, hypervisor.read(one.domain), target, one)
         _check_unused(target, one)
+        # The last look is at the domain, as nothing keeps it from being started.
+        _same_volume(hypervisor, hypervisor.read(one.domain), target, one)
         zfsdataset.roll_back(one.full)
         log.info("rolled back to %s", one.full)
         return
