@@ -10,7 +10,7 @@ import pytest
 from snapd_vm.errors import NoSuchDomain, StorageFailed
 from snapd_vm.methods import cloneback
 from snapd_vm.methods.image import Image
-from snapd_vm.model import Domain, Json, Tag, Target
+from snapd_vm.model import Disk, Domain, Json, Tag, Target
 from snapd_vm.storage import FileId
 
 TAG = Tag("0b9a2f10-1111-4222-8333-444455556666", "name", "uuid", "web", 0)
@@ -18,15 +18,16 @@ DRAFT, KEPT = f"snapd-vm-{TAG.uuid}.revert", f"snapd-vm-{TAG.uuid}.discarded"
 
 
 class Off:
-    """A hypervisor with one domain, which is off, or without any."""
+    """A hypervisor with one domain, which is off and has a disk, or without any."""
 
-    def __init__(self, known: bool = True) -> None:
-        self.known = known
+    def __init__(self, path: str, known: bool) -> None:
+        self.path, self.known = path, known
 
     def read(self, uuid: str) -> Domain:
         if not self.known:
             raise NoSuchDomain("There is none.")
-        return Domain(uuid, "web", -1, "shutoff", "qemu", True, ())
+        disk = Disk("vda", "disk", "file", "raw", self.path, f"<source file='{self.path}'/>", "")
+        return Domain(uuid, "web", -1, "shutoff", "qemu", True, (disk,))
 
     def qemu_user(self) -> tuple[int, int]:
         return (0, 0)
@@ -55,9 +56,10 @@ class Place:
         os.link(self.image, self.kept)
         self.draft.rename(self.image)
 
-    def settle(self, known: bool = True) -> bool:
+    def settle(self, *, known: bool = True, disk: str = "") -> bool:
         copy = cloneback.Origin("uuid", str(self.image), "raw", lambda _: None)
-        return cloneback.settle(Off(known), copy, self.target, TAG)
+        off = Off(disk or str(self.image), known)
+        return cloneback.settle(off, copy, self.target, TAG)
 
     def files(self) -> dict[str, str]:
         return {file.name: file.read_text() for file in self.folder.iterdir()}
@@ -101,6 +103,9 @@ def test_nothing_is_waited_for_where_the_domain_is_gone_too(place: Place) -> Non
     place.image.unlink()
     place.draft.unlink()
     assert not place.settle(known=False)
+    assert not place.settle(disk="/elsewhere")
+    with pytest.raises(StorageFailed):
+        place.settle()
 
 
 def test_an_image_that_was_moved_away_is_the_old_one_again(place: Place) -> None:

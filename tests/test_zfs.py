@@ -149,7 +149,7 @@ def test_how_a_dataset_is_called_says_nothing(programs: Programs, name: str) -> 
     said = f"cannot hold snapshot '{full}': tag already exists on this dataset"
     programs.answer = CommandError("zfs failed: " + said, said)
     zfsdataset.hold(full)  # it is held already
-    said = f"cannot rollback '{full}': who knows"
+    said = f"cannot rollback '{name}': who knows"  # libzfs names the dataset alone
     programs.answer = CommandError("zfs failed: " + said, said)
     with pytest.raises(StorageFailed, match="who knows"):
         zfsdataset.roll_back(full)

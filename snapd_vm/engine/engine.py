@@ -286,11 +286,8 @@ class Engine:
         await self._refreshed(snapshot.domain_uuid)
         domain = self.domains.get(snapshot.domain_uuid)
         disk = domain.disk(snapshot.target.disk) if domain is not None else None
-        left = snapshot.state is SnapshotState.DETACHED or (
-            snapshot.state is SnapshotState.FAILED and not snapshot.spoilt
-        )
-        if not snapshot.modified_disk or disk is None or left:
-            return ""  # it uses its own, or nothing, or what has nothing to do with the snapshot
+        if not snapshot.modified_disk or disk is None:
+            return snapshot.modified_disk
         return disk.xml
 
     async def _create(

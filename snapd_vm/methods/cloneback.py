@@ -238,7 +238,7 @@ def settle(hypervisor: Hypervisor, copy: Origin, target: Target, tag: Tag) -> bo
         if not overlay.exists(folder, image):
             if _is(folder, kept, plan.discarded):  # somebody took away what had its name
                 _rename(folder, kept, image)
-            elif not _is(folder, _draft(tag), plan.made) and _known(hypervisor, copy.domain):
+            elif not _is(folder, _draft(tag), plan.made) and _wanted(hypervisor, copy):
                 raise StorageFailed(f"The image {copy.image} is not there; mount its file system.")
         done = _is(folder, image, plan.made)
         if (
@@ -270,12 +270,14 @@ def _is(folder: int, name: str, image: Image) -> bool:
     return found is not None and found.inode == image.file.inode
 
 
-def _known(hypervisor: Hypervisor, uuid: str) -> bool:
+def _wanted(hypervisor: Hypervisor, copy: Origin) -> bool:
+    """Whether a disk of the domain is that image still."""
     try:
-        hypervisor.read(uuid)
+        domain = hypervisor.read(copy.domain)
     except NoSuchDomain:
         return False
-    return True
+    disks = (*domain.disks, *domain.persistent_disks)
+    return any(os.path.realpath(disk.path) == copy.image for disk in disks if disk.path)
 
 
 def _runs(hypervisor: Hypervisor, uuid: str) -> bool:

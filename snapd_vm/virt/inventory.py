@@ -236,6 +236,9 @@ class Inventory:
             # domain was shut down all the same; its guest knows nothing of it.
             if detail == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST:
                 self._ended.add(uuid)
+                self._out.domain_stopped(uuid, False, True)  # before its images are let go
+            else:
+                self._ended.discard(uuid)
         elif event == libvirt.VIR_DOMAIN_EVENT_STARTED:
             self._ended.discard(uuid)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:

@@ -235,6 +235,7 @@ async def test_an_image_whose_data_are_in_another_pool(
         info = session.ask("info", image=place.words)
         assert info["data_pool"] == numbers["data"]
         assert not session.ask("space", pool="vm", data_pool=numbers["data"])["full"]
+        session.close()
     assert ceph.read(f"split@{name_of(made)}", tmp_path / "read").stat().st_size == 16 << 20
     await delete(api, made)
 

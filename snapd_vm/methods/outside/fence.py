@@ -187,7 +187,7 @@ class Fenced:
                 )
             case "settle_revert":
                 return isinstance(answer, bool)
-            case "revert" | "forget_revert":
+            case "revert" | "forget_revert" | "check_way":
                 return True
             case "reverted":
                 return answer is None or self._is_target(answer)

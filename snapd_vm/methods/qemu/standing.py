@@ -69,7 +69,7 @@ def _below(layer: Layer, origin: FileId, disk: Disk) -> Standing:
     images = {storage.file_id(path) for path in paths}
     if origin in images and overlay is not None and overlay in images:
         return Standing("ready")
-    if overlay is None and layer.path in paths:
+    if layer.path in paths and commit.own_id(layer) is None:  # it may be gone since the first look
         gone = storage.file_id(layer.path) is None
         how = "is not there" if gone else "is not the overlay that was made, or not on its base"
         return Standing("detached", f"{layer.path}, which the domain names, {how}")

@@ -217,7 +217,11 @@ class Session:
         """Open the image and keep everybody else from writing to it, until `disarm`."""
         self.arm(image)
         if self._image is not None and self._image.features & FEATURE_EXCLUSIVE_LOCK:
-            self._image.lock()
+            try:
+                self._image.lock()
+            except Failed:  # or it would stay open, and nobody would close it
+                self.disarm()
+                raise
         return {}
 
     def rollback(self, name: str, key: str, begun: str, done: str) -> _Answer:

@@ -261,7 +261,8 @@ def _rows(text: str) -> list[list[str]]:
 
 def _refusal(verb: str, error: command.CommandError, names: Iterable[str]) -> SnapdError:
     said = error.stderr
-    for name in sorted(names, key=len, reverse=True):  # which may hold any of the words, too
+    told = {part for name in names for part in (name, name.partition("@")[0])}
+    for name in sorted(told, key=len, reverse=True):  # which may hold any of the words, too
         said = said.replace(f"'{name}'", "it")
         if "/" in name or "@" in name:
             said = said.replace(name, "it")
