@@ -19,7 +19,17 @@ from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.program import run
 from tests.real import images
-from tests.real.api import MANAGER, NO_QUIESCE, QUIESCE_REQUIRED, SNAPSHOT, Api, ApiError
+from tests.real.api import (
+    DOMAIN,
+    MANAGER,
+    NO_QUIESCE,
+    QUIESCE_REQUIRED,
+    SNAPSHOT,
+    VDA,
+    Api,
+    ApiError,
+    path_of,
+)
 from tests.real.arrays import COPY, COPY_METHOD, Plugin
 from tests.real.conftest import Connect
 from tests.real.places import Places, file_of, ready, refused, unchanged, with_image
@@ -453,3 +463,20 @@ async def test_one_is_asked_to_forget_a_revert_until_it_has(
     assert image_of(own).stat().st_ino == now
     own.start()
     await api.call(created.snapshot, SNAPSHOT, "Delete", "u", 0)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+async def test_one_may_refuse_the_way_to_an_image(
+    connect: Connect, faulty: Lab, lab: Lab, own: Guest, refuses: bool
+) -> None:
+    does = "raise plugin.MethodNotSupported('The way is not ours.')" if refuses else "return None"
+    made = odd(lab, Plugin.install(lab), "odd", "check_way", does)
+    faulty.daemon.start(made.config, env=made.env)
+    api = await connect()
+    call = api.call(path_of(own), DOMAIN, "SetMethod", "ss", VDA, ODD_METHOD)
+    if refuses:
+        assert (await refused(call, "MethodNotSupported")).text.endswith("The way is not ours.")
+    else:
+        assert await call == []
+        assert next(row for row in await api.disks(own))["method"] == "odd"
+        await api.call(path_of(own), DOMAIN, "SetMethod", "ss", VDA, "")
