@@ -248,7 +248,7 @@ def reader_of(path: str, uuid: str) -> str:
             argv = (process / "cmdline").read_bytes().split(b"\0")
             if uuid and b"-uuid" in argv and uuid.encode() in argv:  # libvirt starts QEMU so
                 continue
-            return _named(process)
+            return named(process)
     return ""
 
 
@@ -280,7 +280,7 @@ def writer_of(path: str) -> str:
     for process in _others() if wanted is not None else ():
         with contextlib.suppress(OSError):
             if any(_writes(fd) for fd in _descriptors(process, wanted)):
-                return _named(process)
+                return named(process)
     return ""
 
 
@@ -303,7 +303,7 @@ def reader_in(device: int) -> str:
     for process in _others():
         if _is_in(process, device):
             with contextlib.suppress(OSError):
-                return _named(process)
+                return named(process)
     return ""
 
 
@@ -318,7 +318,8 @@ def _backing(loop: Path) -> str:
     return os.fsdecode(loop.read_bytes().removesuffix(b"\n"))
 
 
-def _named(process: Path) -> str:
+def named(process: Path) -> str:
+    """The process of this folder in /proc, in words. Raises OSError where it has ended."""
     name = (process / "comm").read_text(errors="replace").strip()  # which it gives itself
     printable = "".join(letter if letter.isprintable() else "?" for letter in name)
     return f"{printable} (process {process.name})"

@@ -458,7 +458,9 @@ class Engine:
                 log.debug("domain %s was not read again: %s", uuid, error)
 
     async def _patiently(self, work: Coroutine[Any, Any, T], programs: float = 0) -> T:
-        """The outcome of what changes nothing; `programs` is from _programs_s. Raises TimedOut."""
+        """The outcome of what may go on when nobody waits for it: it changes nothing, or lets a
+        source be there. `programs` is from _programs_s or _program_s. Raises TimedOut.
+        """
         task = self._tasks.begin(work)
         await asyncio.wait([task], timeout=self._patience + programs)
         if not task.done():

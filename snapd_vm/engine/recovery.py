@@ -41,7 +41,7 @@ def settle(world: World, operation: Operation, *, keep: bool) -> Sequence[Snapsh
 
 
 def _taken(world: World, target: Target, tag: Tag) -> bool:
-    """Whether it was wholly taken; not, where it can't be shown for a reason that stays."""
+    """Whether it was wholly taken; not, where there is no room, or no name left, to show it."""
     try:
         return world.method(target.method).taken(target, tag)
     except (NoSpace, NameInUse) as error:

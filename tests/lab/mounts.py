@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.lab.deadline import SLOWNESS, LabError, wait_until
+from tests.lab.process import open_files
 from tests.lab.program import attempt, run
 
 
@@ -62,8 +63,8 @@ def _users(point: Path) -> Iterator[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone in this moment
             name = (process / "comm").read_text().strip()
-            links = [*(process / "fd").iterdir(), process / "cwd", process / "root"]
-            for place in {os.readlink(link) for link in links if link.is_symlink()}:
+            places = [os.readlink(process / link) for link in ("cwd", "root")]
+            for place in {*places, *open_files(int(process.name))}:
                 if Path(place).is_relative_to(point):
                     yield f"{name} ({process.name}) has {place}"
     yield from map(str, loops_below(point))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from snapd_vm.methods.rbd.rbdtarget import Access, Place
 from tests.lab.ceph import Ceph
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -52,6 +53,11 @@ def own(lab: Lab, ceph: Ceph) -> Iterator[Guest]:
     running = lab.guest(disks)
     yield running
     running.remove()
+
+
+def seen_by_admin(ceph: Ceph, image: str) -> Place:
+    """An image of the pool, by the way of a ceph.conf with a keyring."""
+    return Place(Access("", "", "", str(ceph.conf), ()), "vm", "", image)
 
 
 class Unasked:

@@ -15,7 +15,6 @@ import pytest
 
 from snapd_vm.engine.journal import RevertStep, Step
 from snapd_vm.methods.rbd import cluster
-from snapd_vm.methods.rbd.rbdtarget import Access, Place
 from tests.lab.ceph import Ceph
 from tests.lab.daemon import DAEMON
 from tests.lab.deadline import wait_until
@@ -27,7 +26,7 @@ from tests.real.api import SNAPSHOT, VDA, Api, ApiError, Created
 from tests.real.conftest import Connect
 from tests.real.places import Places, refused
 from tests.real.test_crash import FAULTY, faulty
-from tests.real.test_rbd import Unasked, ceph, delete, metadata, name_of, snaps
+from tests.real.test_rbd import Unasked, ceph, delete, metadata, name_of, seen_by_admin, snaps
 from tests.real.test_revert import places, revert
 
 __all__ = ["ceph", "faulty", "places"]
@@ -340,7 +339,7 @@ def test_an_image_that_is_open_for_a_snapshot_is_not_given_up(
     monkeypatch.setattr(cluster, "_TALK", "rbdworker; rbdworker.IDLE_S = 0.3; rbdworker.main()")
     (tmp_path / "raw").write_bytes(b"x" * (1 << 20))
     ceph.image("armed", tmp_path / "raw")
-    place = Place(Access("", "", "", str(ceph.conf), ()), "vm", "", "armed")
+    place = seen_by_admin(ceph, "armed")
     clusters = cluster.Clusters(Unasked())
     with clusters.session(place.access) as session:
         session.ask("arm", image=place.words)

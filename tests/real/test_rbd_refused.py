@@ -19,7 +19,6 @@ from lxml import etree
 
 from snapd_vm.methods.rbd import rbdworker
 from snapd_vm.methods.rbd.cluster import Clusters
-from snapd_vm.methods.rbd.rbdtarget import Access, Place
 from tests.lab.ceph import Ceph
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest
@@ -28,7 +27,7 @@ from tests.lab.program import run
 from tests.real.api import SNAPSHOT, VDA, Api, ApiError
 from tests.real.conftest import Connect
 from tests.real.places import Places, refused, unchanged
-from tests.real.test_rbd import Unasked, ceph, delete, name_of, snaps
+from tests.real.test_rbd import Unasked, ceph, delete, name_of, seen_by_admin, snaps
 from tests.real.test_revert import places
 
 __all__ = ["ceph", "places"]
@@ -230,7 +229,7 @@ async def test_an_image_whose_data_are_in_another_pool(
     made = await api.create(guest)
     pools = json.loads(ceph.ceph("osd", "lspools", "--format=json"))
     numbers = {one["poolname"]: one["poolnum"] for one in pools}
-    place = Place(Access("", "", "", str(ceph.conf), ()), "vm", "", "split")
+    place = seen_by_admin(ceph, "split")
     with Clusters(Unasked()).session(place.access) as session:
         info = session.ask("info", image=place.words)
         assert info["data_pool"] == numbers["data"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
+from snapd_vm import storage
 from snapd_vm.errors import Busy, NoSuchDomain
 from snapd_vm.methods.rbd.cluster import Session
 from snapd_vm.methods.rbd.rbdtarget import RbdTarget, place_of
@@ -88,8 +90,7 @@ def _on_command_lines(name: str) -> str:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 words = file.read()
             if name.encode() in words and int(pid) != os.getpid():
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                    return f"{file.read().strip()} (process {pid})"
+                return storage.named(Path("/proc", pid))
         except OSError:  # it has ended
             continue
     return ""

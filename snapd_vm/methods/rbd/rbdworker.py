@@ -70,7 +70,7 @@ class Session:
         self._image: Image | None = None
 
     @property
-    def armed(self) -> bool:
+    def _is_armed(self) -> bool:
         """Whether an image is open for the next `create` or `rollback`."""
         return self._image is not None
 
@@ -234,9 +234,7 @@ class Session:
         return {}
 
 
-_OPERATIONS = frozenset(
-    name for name, what in vars(Session).items() if callable(what) and not name.startswith("_")
-)
+_OPERATIONS = frozenset(name for name in vars(Session) if not name.startswith("_"))
 
 
 def main() -> None:
@@ -247,7 +245,7 @@ def main() -> None:
     session: Session | None = None
     while True:
         # With an image open for a snapshot it is not idle: the other disks are being made ready.
-        armed = session is not None and session.armed
+        armed = session is not None and session._is_armed
         try:
             line = lines.get(timeout=None if armed else IDLE_S)
         except queue.Empty:
